@@ -1,0 +1,394 @@
+"""Run a model once and record every ATen op: model, example input → `Graph`.
+
+The model runs on the meta device, under a `TorchDispatchMode` (as PyTorch's own `FlopCounterMode` does): nothing is
+computed, no parameter, buffer or running statistic is touched, and the time does not depend on the resolution. A
+forward that reads values (``.item()``) cannot run on meta; it is run once more on real tensors, on a copy.
+
+Data format: every tensor that the run saw is a `Value` with a number; a `Node` is one ATen op whose tensor arguments
+are replaced by `Ref(number)`. In-place ops return the number of the tensor that they wrote to, so aliasing survives.
+
+The decision that is not obvious: a second mode, at the level of Python functions, numbers the *contractions*
+(``conv2d``, ``linear``, ``matmul`` …). ATen ops are below autograd and cannot be gated; calls of Python functions can,
+so a contraction's number says later, in an ordinary run on real tensors, which input a gate multiplies.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
+
+from archscan.errors import BadInput
+
+Kind = Literal["parameter", "buffer", "input", "activation", "constant"]
+
+CONTRACTIONS: frozenset[str] = frozenset(
+    {
+        *(f"conv{d}d" for d in (1, 2, 3)),
+        *(f"conv_transpose{d}d" for d in (1, 2, 3)),
+        *(
+            "linear",
+            "bilinear",
+            "matmul",
+            "__matmul__",
+            "__rmatmul__",
+            "mm",
+            "bmm",
+            "mv",
+            "addmm",
+            "baddbmm",
+            "einsum",
+            "tensordot",
+        ),
+        *("convolution", "_convolution", "dot", "scaled_dot_product_attention", "multi_head_attention_forward"),
+    }
+)
+"""Names of the Python-level functions that sum products over channels, in the order of whose calls gates are placed."""
+
+
+@dataclass(frozen=True)
+class Ref:
+    """A tensor argument of a node: the number of its `Value`."""
+
+    value: int
+
+
+@dataclass(frozen=True)
+class Value:
+    """One tensor of the run.
+
+    Attributes:
+        shape: Its size, at the batch size of the capture.
+        kind: What made it.
+        name: The parameter's or buffer's path in the model; empty otherwise.
+        per_sample: Whether it depends on the model's input, and so grows with the batch.
+    """
+
+    shape: tuple[int, ...]
+    kind: Kind
+    name: str
+    per_sample: bool
+
+
+@dataclass(frozen=True)
+class Node:
+    """One executed ATen op.
+
+    Attributes:
+        op: The overload, such as ``aten.convolution.default``.
+        args: Positional arguments, tensors as `Ref`.
+        kwargs: Keyword arguments, tensors as `Ref`.
+        outputs: The number of each output tensor, None where an output is no tensor.
+        module: Path of the innermost module whose forward was running; empty for the model itself.
+        function: Name of the Python function that issued the op, such as ``adaptive_avg_pool2d``.
+        contraction: Running number of the contraction that issued the op, None outside contractions.
+    """
+
+    op: Any
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    outputs: tuple[int | None, ...]
+    module: str
+    function: str
+    contraction: int | None
+
+    @property
+    def tensors(self) -> tuple[int, ...]:
+        """Numbers of all tensor arguments, in order."""
+        return tuple(leaf.value for leaf in tree_flatten((self.args, dict(self.kwargs)))[0] if isinstance(leaf, Ref))
+
+    def where(self) -> str:
+        """Name the place of this op for a message."""
+        return self.module or "the model's own forward"
+
+
+@dataclass(frozen=True)
+class Graph:
+    """One recorded run.
+
+    Attributes:
+        values: All tensors, by number.
+        nodes: All ops, in the order of execution.
+        outputs: Numbers of the tensors that the model returned.
+        batch_size: Leading size of the example input.
+        training: Whether the model ran in train mode.
+        module_types: The class of each module, by path.
+    """
+
+    values: tuple[Value, ...]
+    nodes: tuple[Node, ...]
+    outputs: tuple[int, ...]
+    batch_size: int
+    training: bool
+    module_types: Mapping[str, type]
+
+
+_FORWARD_ERRORS = (RuntimeError, NotImplementedError, AssertionError, ValueError, TypeError, IndexError)
+"""What the forward of a model that cannot take an input may raise; `capture` turns it into a refusal."""
+
+
+class ContractionMode(TorchFunctionMode):
+    """Number the contractions of one forward pass, in the order of their calls.
+
+    `on_contraction` may replace the call: it receives the number, the function and its arguments, and returns the
+    result.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+        self.function = ""
+        self.contraction: int | None = None
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        if name == "__get__":  # an attribute read such as `.requires_grad`
+            return func(*args, **(kwargs or {}))
+        outer, self.function = (self.function, self.contraction), name
+        try:
+            if name in CONTRACTIONS:
+                self.contraction = self.count
+                self.count += 1
+                return self.on_contraction(self.contraction, func, args, kwargs or {})
+            return func(*args, **(kwargs or {}))
+        finally:
+            self.function, self.contraction = outer
+
+    def on_contraction(
+        self, number: int, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run contraction `number`; subclasses put gates here."""
+        return func(*args, **kwargs)
+
+
+class _Recorder(TorchDispatchMode):
+    """Append a `Node` for every ATen op; tensors are numbered by identity, and kept alive so that it stays unique."""
+
+    def __init__(self, contractions: ContractionMode, named: Mapping[int, tuple[Kind, str]], paths: list[str]) -> None:
+        super().__init__()
+        self.contractions = contractions
+        self.named = named
+        self.paths = paths
+        self.numbers: dict[int, int] = {}
+        self.alive: list[Tensor] = []
+        self.values: list[Value] = []
+        self.nodes: list[Node] = []
+
+    def number(self, tensor: Tensor, kind: Kind, per_sample: bool) -> int:
+        key = id(tensor)
+        if key not in self.numbers:
+            kind, name = self.named.get(key, (kind, ""))
+            self.numbers[key] = len(self.values)
+            self.alive.append(tensor)
+            self.values.append(Value(tuple(tensor.shape), kind, name, per_sample or kind == "input"))
+        return self.numbers[key]
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        refs: list[int] = []
+
+        def refer(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            refs.append(self.number(leaf, "constant", per_sample=False))
+            return Ref(refs[-1])
+
+        recorded_args, recorded_kwargs = tree_map(refer, args), tree_map(refer, kwargs)
+        result = func(*args, **kwargs)
+        per_sample = any(self.values[ref].per_sample for ref in refs)
+        outputs = tuple(
+            self.number(leaf, "activation", per_sample) if isinstance(leaf, Tensor) else None
+            for leaf in tree_flatten(result)[0]
+        )
+        if per_sample and func._schema.is_mutable:
+            self._mark_per_sample(outputs)
+        self.nodes.append(
+            Node(
+                func,
+                recorded_args,
+                recorded_kwargs,
+                outputs,
+                self.paths[-1],
+                self.contractions.function,
+                self.contractions.contraction,
+            )
+        )
+        return result
+
+    def _mark_per_sample(self, outputs: Sequence[int | None]) -> None:
+        """A buffer that a sample was written into depends on the sample from then on."""
+        for number in outputs:
+            if number is not None and not self.values[number].per_sample:
+                old = self.values[number]
+                self.values[number] = Value(old.shape, old.kind, old.name, True)
+
+
+@contextmanager
+def _module_paths(model: nn.Module) -> Iterator[list[str]]:
+    """Yield a stack whose top is the path of the module whose forward is running."""
+    names = {id(module): name for name, module in reversed(list(model.named_modules(remove_duplicate=False)))}
+    stack = [""]
+
+    def enter(module: nn.Module, _args: Any) -> None:
+        stack.append(names.get(id(module), stack[-1]))
+
+    def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
+        stack.pop()
+
+    handles = [
+        nn.modules.module.register_module_forward_pre_hook(enter),
+        nn.modules.module.register_module_forward_hook(leave, always_call=True),
+    ]
+    try:
+        yield stack
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def train_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Put every module of `model` into train or eval mode, and put each back as it was."""
+    before = {module: module.training for module in model.modules()}
+    try:
+        model.train(training)
+        yield
+    finally:
+        for module, mode in before.items():
+            module.training = mode
+
+
+def split_input(example_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Read an example input as positional and keyword arguments: a tensor, a tuple of them, or a dict of keywords."""
+    if isinstance(example_input, Mapping):
+        return (), dict(example_input)
+    if isinstance(example_input, tuple):
+        return example_input, {}
+    return (example_input,), {}
+
+
+def _record(
+    model: nn.Module,
+    run: Callable[[], Any],
+    named: Mapping[int, tuple[Kind, str]],
+    batch_size: int,
+    training: bool,
+    alive: Sequence[Tensor],
+) -> Graph:
+    contractions = ContractionMode()
+    with train_mode(model, training), _module_paths(model) as paths, torch.no_grad(), contractions:
+        recorder = _Recorder(contractions, named, paths)
+        recorder.alive.extend(alive)
+        with recorder:
+            output = run()
+    numbers = tuple(recorder.number(leaf, "constant", per_sample=False) for leaf in _tensors(output))
+    types = {name: type(module) for name, module in model.named_modules(remove_duplicate=False)}
+    return Graph(tuple(recorder.values), tuple(recorder.nodes), numbers, batch_size, training, types)
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    """All tensors in a model's output, which may be a dataclass such as a Hugging Face `ModelOutput`."""
+    leaves = tree_flatten(tree)[0]
+    found: list[Tensor] = []
+    for leaf in leaves:
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif hasattr(leaf, "__dict__") and not isinstance(leaf, (nn.Module, type)):
+            found.extend(value for value in vars(leaf).values() if isinstance(value, Tensor))
+    return found
+
+
+def _with_batch(example_input: Any, batch_size: int, device: str) -> Any:
+    """Make inputs like the example's with another batch size; on ``meta`` they have no content."""
+
+    def resize(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        if leaf.ndim == 0:
+            return leaf.to(device)
+        shape = (batch_size, *leaf.shape[1:])
+        if device == "meta":
+            return torch.empty(shape, dtype=leaf.dtype, device="meta")
+        repeats = -(-batch_size // leaf.shape[0])
+        return torch.cat([leaf.detach().to(device)] * repeats)[:batch_size]
+
+    return tree_map(resize, example_input)
+
+
+def _named_tensors(model: nn.Module) -> tuple[tuple[Kind, Iterator[tuple[str, Tensor]]], ...]:
+    return ("parameter", iter(model.named_parameters())), ("buffer", iter(model.named_buffers()))
+
+
+def _record_on_meta(model: nn.Module, example_input: Any, batch_size: int, training: bool) -> Graph:
+    named: dict[int, tuple[Kind, str]] = {}
+    tensors: dict[str, Tensor] = {}
+    for kind, items in _named_tensors(model):
+        for name, tensor in items:
+            tensors[name] = torch.empty_like(tensor, device="meta")
+            named[id(tensors[name])] = (kind, name)
+    args, kwargs = split_input(_with_batch(example_input, batch_size, "meta"))
+    for leaf in _tensors((args, kwargs)):
+        named[id(leaf)] = ("input", "")
+
+    def run() -> Any:
+        with torch.device("meta"):
+            return torch.func.functional_call(model, tensors, args, kwargs)
+
+    return _record(model, run, named, batch_size, training, [*tensors.values(), *_tensors((args, kwargs))])
+
+
+def _record_on_cpu(model: nn.Module, example_input: Any, batch_size: int, training: bool) -> Graph:
+    model = copy.deepcopy(model).cpu()
+    named: dict[int, tuple[Kind, str]] = {}
+    for kind, items in _named_tensors(model):
+        named |= {id(tensor): (kind, name) for name, tensor in items}
+    args, kwargs = split_input(_with_batch(example_input, batch_size, "cpu"))
+    inputs = _tensors((args, kwargs))
+    for leaf in inputs:
+        named[id(leaf)] = ("input", "")
+    return _record(model, lambda: model(*args, **kwargs), named, batch_size, training, inputs)
+
+
+def capture(model: nn.Module, example_input: Any, *, training: bool = False, batch_size: int = 2) -> Graph:
+    """Record one forward pass of `model`, which is left unchanged.
+
+    Args:
+        model: The network, on any device.
+        example_input: A tensor, a tuple of positional arguments, or a dict of keyword arguments; only sizes and types
+            are read, unless the forward looks at values.
+        training: Record train mode, in which auxiliary heads run.
+        batch_size: Leading size of the recorded input. 2 by default: an axis of 1 would broadcast.
+
+    Raises:
+        BadInput: The model cannot take the input.
+    """
+    if not _tensors(split_input(example_input)):
+        raise BadInput(
+            "the example input holds no tensor; pass a tensor, a tuple of tensors or a dict of keyword arguments"
+        )
+    try:
+        return _record_on_meta(model, example_input, batch_size, training)
+    except _FORWARD_ERRORS as on_meta:
+        try:
+            return _record_on_cpu(model, example_input, batch_size, training)
+        except _FORWARD_ERRORS as error:
+            shapes = ", ".join(str(tuple(leaf.shape)) for leaf in _tensors(split_input(example_input)))
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            mode = "train" if training else "eval"
+            raise BadInput(
+                f"the model cannot take an input of shape {shapes} in {mode} mode: {reason}; choose another input size"
+            ) from on_meta

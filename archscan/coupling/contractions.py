@@ -1,0 +1,171 @@
+"""Rules for convolutions and matrix products: inputs unite with the weight's input channels, outputs are its own."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from archscan.capture import Node, Ref
+from archscan.coupling import planes
+from archscan.coupling.labels import Planes, Read
+from archscan.coupling.walk import Walk, op_name, rule, unite_all
+
+
+def _axis_labels(walk: Walk, own: Planes, axis: int, where: str) -> Tensor | None:
+    """Labels along the axis that a contraction sums over; they must be constant over all other axes."""
+    found = None
+    for plane in own:
+        axes = planes.varying(plane)
+        if axes == (axis,):
+            found = planes.vector(plane, axis)
+        else:
+            walk.record.freeze(plane, f"channels lie along a spatial or batch axis ({where})")
+    return found
+
+
+def _weight_name(walk: Walk, ref: Ref) -> str:
+    """Path of a parameter that is used as it is, also transposed; empty for one that is computed."""
+    value = walk.graph.values[ref.value]
+    if value.name:
+        return value.name
+    for node in reversed(walk.graph.nodes[: walk.at]):
+        if ref.value in node.outputs:
+            return _weight_name(walk, node.args[0]) if op_name(node) in {"t", "transpose", "permute"} else ""
+    return ""
+
+
+OPERANDS = dict.fromkeys(("linear", "matmul", "__matmul__", "mm", "bmm"), (0, 1)) | {"addmm": (1, 2), "baddbmm": (1, 2)}
+"""Python-level matrix products → positions of their left and right operand."""
+
+
+def _read(
+    walk: Walk, node: Node, given: Tensor | None, wanted: Tensor | None, weight: Ref, passed_to: Tensor | None = None
+) -> None:
+    """Unite an activation's channels with the weight's input channels that read them, and note the place of a gate."""
+    if wanted is None:
+        if given is not None:
+            walk.record.freeze(given, f"read by an unlabelled weight ({walk.where(node)})")
+        return
+    if given is None:
+        walk.record.freeze(wanted, f"reads channels that are not tracked ({walk.where(node)})")
+        return
+    walk.record.unite(given, wanted)
+    walk.record.consumed.append(wanted)
+    if walk.graph.training:
+        return
+    if node.function.startswith("conv"):
+        place = (0, 1 - len(walk.out_shape(node)))
+    elif node.function in OPERANDS:
+        left = node.args[-1] is weight
+        place = (OPERANDS[node.function][0 if left else 1], -1 if left else -2)
+    else:
+        walk.record.freeze(given, f"read inside {node.function or 'an unknown function'} ({walk.where(node)})")
+        return
+    assert node.contraction is not None
+    passed = torch.zeros_like(given) if passed_to is None else passed_to
+    walk.record.reads.append(Read(node.contraction, *place, given, passed, _weight_name(walk, weight), node.module))
+
+
+@rule("convolution")
+def convolution(walk: Walk, node: Node) -> Sequence[Planes]:
+    """Unite inputs with the weight's input channels; the output carries its output channels (and the bias's)."""
+    data, weight, bias, transposed, groups = *node.args[:3], node.args[6], node.args[8]
+    shape, out, where = walk.shape(weight), walk.out_shape(node), walk.where(node)
+    given = _axis_labels(walk, walk.of(data), 1, where)
+    inner, outer = _weight_labels(walk, weight, groups, bool(transposed))
+    if walk.graph.values[weight.value].per_sample:
+        for labels in (given, inner, outer):
+            if labels is not None:
+                walk.record.freeze(labels, f"weights computed from the input ({where})")
+        inner = outer = None
+    elif shape[0] and (inner is not None or given is not None):
+        own = (
+            outer.reshape(groups, -1)[:, :1].expand(-1, shape[0 if transposed else 1] // (groups if transposed else 1))
+            if (groups > 1 and outer is not None)
+            else None
+        )
+        _read(walk, node, given, inner, weight, None if own is None else own.reshape(-1))
+    if groups > 1 and inner is not None and outer is not None:
+        _tie_conv_groups(walk, inner.reshape(groups, -1), outer.reshape(groups, -1), where)
+    if outer is None:
+        return [()]
+    walk.record.written.append(outer)
+    result = planes.along(outer, out, 1)
+    if isinstance(bias, Ref):
+        for plane in walk.of(bias):
+            walk.record.unite(result, planes.along(planes.vector(plane, 0), out, 1))
+    return [(result,) if out[1] > 1 else ()]
+
+
+def _weight_labels(walk: Walk, weight: Ref, groups: int, transposed: bool) -> tuple[Tensor | None, Tensor | None]:
+    """Input and output labels of a convolution's weight, as vectors over all channels."""
+    by_axis: list[Tensor | None] = [None, None]
+    shape = walk.shape(weight)
+    own = walk.of(weight)
+    pair = len([plane for plane in own if set(planes.varying(plane)) <= {0, 1}])
+    for order, plane in enumerate(own):
+        axes = planes.varying(plane)
+        if axes == (0,) and not (groups > 1 and pair == 2 and order == 1):
+            by_axis[0] = planes.vector(plane, 0)
+        elif set(axes) <= {0, 1}:
+            rows = plane.reshape(*shape[:2], -1)[:: shape[0] // groups, :, 0]
+            by_axis[1] = rows.reshape(-1)
+        else:
+            walk.record.freeze(plane, f"kernel axis ({walk.where(walk.graph.nodes[walk.at])})")
+    return (by_axis[0], by_axis[1]) if transposed else (by_axis[1], by_axis[0])
+
+
+def _tie_conv_groups(walk: Walk, inner: Tensor, outer: Tensor, where: str) -> None:
+    """Keep a grouped convolution in equal groups: either whole groups go, or every group loses equally many channels.
+
+    Whole groups where there are more groups than channels in one (depthwise is the extreme), else equal counts:
+    whichever leaves more widths to choose from. Both are exact.
+    """
+    groups, places = inner.shape
+    if places < groups or outer.shape[1] < 2:
+        walk.record.unite(inner, inner[:, :1])
+        walk.record.unite(outer, inner[:, :1])
+    else:
+        walk.record.balance(inner, where)
+        walk.record.balance(outer, where)
+
+
+@rule("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot")
+def matmul(walk: Walk, node: Node) -> Sequence[Planes]:
+    """Contract the last axis of the left with the first matrix axis of the right operand."""
+    first = 1 if op_name(node).startswith(("add", "badd")) else 0
+    left, right = node.args[first], node.args[first + 1]
+    sizes = walk.shape(left), walk.shape(right)
+    axes = len(sizes[0]) - 1, max(len(sizes[1]) - 2, 0)
+    out, where = walk.out_shape(node), walk.where(node)
+    weights = [not walk.graph.values[ref.value].per_sample for ref in (left, right)]
+    results: list[Tensor] = []
+    ends: list[Tensor | None] = []
+    for ref, axis, weight in zip((left, right), axes, weights, strict=True):
+        summed = None
+        for plane in walk.of(ref):
+            varies = planes.varying(plane)
+            if varies == (axis,):
+                summed = planes.vector(plane, axis)
+            elif axis in varies:
+                walk.record.freeze(plane, f"channels lie along two axes ({where})")
+            else:
+                free = plane.select(axis, 0).unsqueeze(-1 if ref is left else axis)
+                results.append(free.expand(out) if len(out) == free.ndim else free.squeeze(-1).expand(out))
+                if weight:
+                    walk.record.written.append(planes.vector(plane, varies[0]))
+        ends.append(summed)
+    if weights[0] == weights[1]:
+        for labels in ends:
+            if labels is not None:
+                walk.record.freeze(labels, f"contracted between activations ({where})")
+    else:
+        given, wanted = (ends[1], ends[0]) if weights[0] else (ends[0], ends[1])
+        _read(walk, node, given, wanted, left if weights[0] else right)
+    if first:
+        operands: list[tuple[Planes, Sequence[int]]] = [
+            (tuple(results), out),
+            (walk.of(node.args[0]), walk.shape(node.args[0])),
+        ]
+        return [unite_all(walk, out, operands, where)]
+    return [tuple(results)]

@@ -1,0 +1,116 @@
+"""The state that coupling rules share: labels handed out, united, frozen, and counted.
+
+A label is a positive integer, one per index of one axis of one parameter or buffer (or of a padding). Rules only
+*record*: pairs that are one unit, labels that must stay with the reason, grids whose rows must keep equal counts.
+`groups` reads the record once, at the end.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from archscan.coupling import planes
+
+Planes = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class TensorAxis:
+    """Labels of one axis of a parameter or buffer; 2-D where they depend on axis 0 (grouped convolution)."""
+
+    tensor: str
+    axis: int
+    labels: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Read:
+    """A contraction of an activation with a weight.
+
+    Attributes:
+        contraction: Its running number.
+        operand: Position of the activation among the arguments of the Python-level call.
+        axis: The axis of the activation that is summed over, counted from the end.
+        labels: Labels along that axis.
+        passed_to: Where a grouped convolution hands each channel on within its own group, the label of one output of
+            that group; 0 elsewhere.
+        weight: Path of the weight; empty where it is computed.
+        module: Path of the module in whose forward the call is.
+    """
+
+    contraction: int
+    operand: int
+    axis: int
+    labels: Tensor
+    passed_to: Tensor
+    weight: str
+    module: str
+
+
+@dataclass
+class Record:
+    """What the rules found, for `groups` to read."""
+
+    next_label: int = 1
+    axes: dict[tuple[str, int], TensorAxis] = field(default_factory=dict)
+    pairs: list[Tensor] = field(default_factory=list)
+    frozen: list[tuple[Tensor, str]] = field(default_factory=list)
+    grids: list[tuple[Tensor, str]] = field(default_factory=list)
+    mixing: dict[str, None] = field(default_factory=dict)
+    written: list[Tensor] = field(default_factory=list)
+    consumed: list[Tensor] = field(default_factory=list)
+    reads: list[Read] = field(default_factory=list)
+
+    def fresh(self, count: int) -> Tensor:
+        """Hand out `count` new labels."""
+        labels = torch.arange(self.next_label, self.next_label + count)
+        self.next_label += count
+        return labels
+
+    def unite(self, left: Tensor, right: Tensor) -> None:
+        """Record that labels at the same place are one unit; a label that meets 0 is left as it is."""
+        axes = sorted({*planes.varying(left), *planes.varying(right)})
+        left, right = torch.broadcast_tensors(planes.compress(left, axes), planes.compress(right, axes))
+        pair = torch.stack([left.reshape(-1), right.reshape(-1)])
+        self.pairs.append(pair[:, (pair[0] != pair[1]) & (pair[0] > 0) & (pair[1] > 0)])
+
+    def freeze(self, labels: Tensor, reason: str) -> None:
+        """Record that these labels must stay, and why."""
+        self.frozen.append((planes.compress(labels).reshape(-1), reason))
+
+    def balance(self, grid: Tensor, where: str) -> None:
+        """Record that every row of a grid of labels must keep the same number."""
+        if grid.shape[0] > 1:
+            self.grids.append((grid, where))
+
+    def tensor_planes(self, name: str, shape: Sequence[int], groups: int | None) -> Planes:
+        """Label every axis of a parameter or buffer, the same labels whenever it is asked again.
+
+        Args:
+            name: Path of the tensor.
+            shape: Its size.
+            groups: Number of convolution groups where it is a convolution's weight, else None. A convolution's kernel
+                axes get no labels, and the labels of its axis 1 depend on the group that axis 0 is in.
+        """
+        count = groups or 1
+        axes = range(len(shape)) if groups is None else range(min(2, len(shape)))
+        result = []
+        for axis in axes:
+            grouped = axis == 1 and count > 1
+            if shape[axis] == 1 and not grouped:
+                continue
+            if (name, axis) not in self.axes:
+                if grouped:
+                    by_group = self.fresh(count * shape[1]).reshape(count, 1, shape[1])
+                    labels = by_group.expand(count, shape[0] // count, shape[1]).reshape(shape[0], shape[1])
+                else:
+                    labels = self.fresh(shape[axis])
+                self.axes[name, axis] = TensorAxis(name, axis, labels)
+            labels = self.axes[name, axis].labels
+            if grouped:
+                result.append(labels.reshape(*labels.shape, *[1] * (len(shape) - 2)).expand(tuple(shape)))
+            else:
+                result.append(planes.along(labels, shape, axis))
+        return tuple(result)

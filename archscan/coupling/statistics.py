@@ -1,0 +1,134 @@
+"""Rules for reductions, pooling and normalisation: channels pass through, and what mixes them is noted."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from archscan.capture import Node, Ref
+from archscan.coupling import planes
+from archscan.coupling.labels import Planes
+from archscan.coupling.walk import Walk, op_name, rule, unite_all
+
+
+@rule(
+    "mean",
+    "sum",
+    "amax",
+    "amin",
+    "var",
+    "std",
+    "var_mean",
+    "linalg_vector_norm",
+    "max",
+    "min",
+    "prod",
+    "any",
+    "all",
+    "logsumexp",
+)
+def reduction(walk: Walk, node: Node) -> Sequence[Planes]:
+    """Keep a label where it is constant over what is reduced; a statistic over channels is noted, for it mixes them."""
+    shape, out = walk.shape(node.args[0]), walk.out_shape(node)
+    position = 2 if op_name(node) == "linalg_vector_norm" else 1
+    axes = node.args[position] if len(node.args) > position else node.kwargs.get("dim")
+    reduced = (
+        {axis % len(shape) for axis in ([axes] if isinstance(axes, int) else axes or range(len(shape)))}
+        if shape
+        else set()
+    )
+    results = []
+    for plane in walk.of(node.args[0]):
+        if set(planes.varying(plane)) & reduced:
+            walk.record.mixing[f"{op_name(node)} over channels at {node.where()}"] = None
+            continue
+        for axis in sorted(reduced, reverse=True):
+            plane = plane.narrow(axis, 0, 1) if len(out) == len(shape) else plane.select(axis, 0)
+        results.append(plane.expand(out))
+    return [tuple(results)] * len(node.outputs)
+
+
+@rule("_softmax", "_log_softmax", "cumsum", "cumprod", "argmax", "argmin", "topk", "sort")
+def along_axis(walk: Walk, node: Node) -> Sequence[Planes]:
+    """Pass channels through along other axes; channels that compete along the axis itself are frozen."""
+    results = []
+    for plane in walk.of(node.args[0]):
+        if node.args[1] is None or node.args[1] % plane.ndim in planes.varying(plane):
+            walk.record.freeze(plane, f"normalised over channels ({walk.where(node)})")
+        elif tuple(plane.shape) == walk.out_shape(node):
+            results.append(plane)
+    return [tuple(results)] * len(node.outputs)
+
+
+@rule(
+    *("max_pool2d_with_indices", "max_pool3d_with_indices", "avg_pool1d", "avg_pool2d", "avg_pool3d", "max_pool2d"),
+    *("_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_max_pool2d", "adaptive_max_pool3d"),
+    *("upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_bilinear2d", "upsample_bicubic2d"),
+    *("_upsample_bilinear2d_aa", "upsample_trilinear3d", "upsample_linear1d", "reflection_pad2d", "replication_pad2d"),
+    *("reflection_pad1d", "replication_pad1d", "reflection_pad3d", "replication_pad3d"),
+)
+def spatial(walk: Walk, node: Node) -> Sequence[Planes]:
+    """Pass channels through; only axes that no label runs along may change size."""
+    shape, out = walk.shape(node.args[0]), walk.out_shape(node)
+    results = []
+    for plane in walk.of(node.args[0]):
+        axes = planes.varying(plane)
+        if any(shape[axis] != out[axis] or axis > 1 for axis in axes):
+            walk.record.freeze(plane, f"pooled or resized over channels ({walk.where(node)})")
+            continue
+        results.append(planes.compress(plane).expand(out))
+    return [tuple(results)] * len(node.outputs)
+
+
+def _affine(walk: Walk, node: Node, refs: Sequence[Any], axes: Sequence[int]) -> Planes:
+    """Unite per-channel parameters and statistics with the channel axes of the normalised value."""
+    shape = walk.shape(node.args[0])
+    operands: list[tuple[Planes, Sequence[int]]] = [(walk.of(node.args[0]), shape)]
+    for ref in refs:
+        if isinstance(ref, Ref):
+            size = [shape[axis] if axis in axes else 1 for axis in range(len(shape))]
+            operands.append((tuple(plane.reshape(size) for plane in walk.of(ref)), size))
+    return unite_all(walk, shape, operands, walk.where(node))
+
+
+@rule(
+    "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "_batch_norm_with_update"
+)
+def batch_norm(walk: Walk, node: Node) -> Sequence[Planes]:
+    """Unite affine parameters and running statistics with the channel."""
+    result = _affine(walk, node, [ref for ref in node.args[1:5] if isinstance(ref, Ref)], [1])
+    if any(set(planes.varying(plane)) - {1} for plane in result):
+        walk.record.mixing[f"statistics over channels in {walk.where(node)}"] = None
+    per_channel = [planes.vector(plane, 1) for plane in result if 1 in planes.varying(plane)]
+    statistics = [
+        tuple(labels for labels in per_channel if tuple(labels.shape) == walk.out_shape(node, i)) for i in (1, 2)
+    ]
+    return [result, *statistics, *[()] * (len(node.outputs) - 3)]
+
+
+@rule("cudnn_batch_norm")
+def cudnn_batch_norm(walk: Walk, node: Node) -> Sequence[Planes]:
+    """See `batch_norm`."""
+    return batch_norm(walk, node)
+
+
+@rule("native_layer_norm")
+def layer_norm(walk: Walk, node: Node) -> Sequence[Planes]:
+    """Unite the affine parameters with the channels; its statistics mix them."""
+    first = len(walk.shape(node.args[0])) - len(node.args[1])
+    normalised = range(first, len(walk.shape(node.args[0])))
+    result = _affine(walk, node, node.args[2:4], normalised)
+    if any(set(planes.varying(plane)) & set(normalised) for plane in result):
+        walk.record.mixing[f"LayerNorm at {node.where()}"] = None
+    return [result, *[()] * (len(node.outputs) - 1)]
+
+
+@rule("native_group_norm")
+def group_norm(walk: Walk, node: Node) -> Sequence[Planes]:
+    """Unite the affine parameters with the channels; every group must keep an equal number of them."""
+    groups = node.args[6]
+    result = _affine(walk, node, node.args[1:3], [1])
+    for plane in result:
+        if 1 in planes.varying(plane):
+            walk.record.balance(planes.vector(plane, 1).reshape(groups, -1), walk.where(node))
+            if plane.shape[1] > groups:
+                walk.record.mixing[f"GroupNorm at {node.where()}"] = None
+    return [result, *[()] * (len(node.outputs) - 1)]

@@ -1,0 +1,97 @@
+"""Sizes of tensors as functions of the channel groups' widths: label planes + owners of labels → `Size` per axis."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from archscan.coupling import planes
+from archscan.errors import UnsupportedOp
+
+
+@dataclass(frozen=True)
+class Size:
+    """The size of a tensor's axis as a linear function of the groups' widths.
+
+    Attributes:
+        constant: Indices that belong to no group.
+        per_step: Group number → indices for each kept step of that group.
+    """
+
+    constant: int
+    per_step: Mapping[int, int]
+
+    def at(self, widths_G: Sequence[int] | np.ndarray) -> int:
+        """Evaluate for given widths, in kept steps of each group."""
+        return self.constant + sum(per_step * int(widths_G[group]) for group, per_step in self.per_step.items())
+
+
+@dataclass(frozen=True, eq=False)
+class Owners:
+    """Who owns each label.
+
+    Attributes:
+        group: Group number by label, -1 where a label belongs to no group that may change.
+        fibre: Fibre within the group, by label.
+        step: Step within the fibre, by label.
+        steps: Number of steps of each group.
+    """
+
+    group: np.ndarray
+    fibre: np.ndarray
+    step: np.ndarray
+    steps: np.ndarray
+
+    def size(self, labels: Tensor) -> Size:
+        """Count the labels of one axis by group.
+
+        A group counts where the axis holds every step of a fibre. An axis that holds the same single step of several
+        fibres (the outer axis of an unfolded one) does not change.
+
+        Raises:
+            UnsupportedOp: Part of a fibre lies along the axis, so that its size is not a function of the widths.
+        """
+        flat = labels.reshape(-1).numpy()
+        group = self.group[flat]
+        counts = np.bincount(group[group >= 0], minlength=len(self.steps))
+        constant, per_step = int((group < 0).sum()), {}
+        for index in np.flatnonzero(counts).tolist():
+            steps, mine = int(self.steps[index]), group == index
+            held = len(np.unique(self.step[flat[mine]]))
+            if held == 1 and steps > 1:
+                constant += int(counts[index])
+            elif held == steps and counts[index] % steps == 0:
+                per_step[index] = int(counts[index]) // steps
+            else:
+                raise UnsupportedOp(f"an axis of {len(flat)} indices holds {held} of the {steps} channels of a group")
+        return Size(constant, per_step)
+
+
+class ValueSizes:
+    """Size of every axis of every value of a recorded run, computed when asked for."""
+
+    def __init__(
+        self, shapes: Sequence[tuple[int, ...]], value_planes: Sequence[tuple[Tensor, ...]], owners: Owners
+    ) -> None:
+        self._shapes = shapes
+        self._planes = value_planes
+        self._owners = owners
+        self._known: dict[tuple[int, ...], Size] = {}
+
+    def __call__(self, value: int) -> tuple[Size, ...]:
+        """Give the size of each axis of value number `value`."""
+        sizes = [Size(extent, {}) for extent in self._shapes[value]]
+        for plane in self._planes[value]:
+            for axis in planes.varying(plane):
+                size = self._axis(plane, axis)
+                if size.per_step:
+                    sizes[axis] = size
+        return tuple(sizes)
+
+    def _axis(self, plane: Tensor, axis: int) -> Size:
+        labels = planes.vector(plane, axis)
+        key = (labels.data_ptr(), labels.shape[0], labels.stride(0))
+        if key not in self._known:
+            self._known[key] = self._owners.size(labels)
+        return self._known[key]
