@@ -64,6 +64,13 @@ def elementwise(walk: Walk, node: Node) -> Sequence[Planes]:
     return [result] * len(node.outputs)
 
 
+@rule("copy", "copysign")
+def copy(walk: Walk, node: Node) -> Sequence[Planes]:
+    """Unite what is written with the place it is written to, whose labels stay."""
+    elementwise(walk, node)
+    return [walk.of(node.args[0])]
+
+
 @rule("_prelu_kernel")
 def prelu(walk: Walk, node: Node) -> Sequence[Planes]:
     """Unite each channel with its slope; the slope arrives reshaped to broadcast along axis 1."""

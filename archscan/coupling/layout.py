@@ -47,7 +47,7 @@ def factory(walk: Walk, node: Node) -> Sequence[Planes]:
     return [tuple(fresh)]
 
 
-@rule("arange", "linspace", "_assert_async", "_assert_tensor_metadata", "sym_size", "randperm")
+@rule("arange", "linspace", "_assert_async", "_assert_tensor_metadata", "_local_scalar_dense", "randperm")
 def unlabelled(walk: Walk, node: Node) -> Sequence[Planes]:
     """Make nothing that has channels."""
     return [()] * len(node.outputs)

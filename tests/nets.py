@@ -1,0 +1,312 @@
+"""Tiny networks, one coupling pattern each, with what coupling must say about them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Plain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.conv2, self.bn2 = nn.Conv2d(8, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12)
+        self.fc = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu_(self.bn1(self.conv1(x)))
+        x = F.relu_(self.bn2(self.conv2(x)))
+        return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+class NoBatchNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.PReLU(6), nn.Conv2d(6, 4, 1))
+        self.fc = nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.body(x).mean((2, 3)))
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.conv1, self.bn1 = nn.Conv2d(8, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)
+        self.conv2, self.bn2 = nn.Conv2d(6, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        y += x
+        return self.fc(F.relu(y).mean((2, 3)))
+
+
+class DenseConcat(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, padding=1)
+        self.norm1, self.conv1 = nn.BatchNorm2d(6), nn.Conv2d(6, 4, 3, padding=1)
+        self.norm2, self.conv2 = nn.BatchNorm2d(10), nn.Conv2d(10, 4, 3, padding=1)
+        self.fc = nn.Linear(14, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = [self.stem(x)]
+        features.append(self.conv1(F.relu(self.norm1(features[0]))))
+        features.append(self.conv2(F.relu(self.norm2(torch.cat(features, 1)))))
+        return self.fc(torch.cat(features, 1).mean((2, 3)))
+
+
+class Depthwise(nn.Module):
+    def __init__(self, multiplier: int = 1) -> None:
+        super().__init__()
+        self.expand, self.bn1 = nn.Conv2d(3, 8, 1, bias=False), nn.BatchNorm2d(8)
+        self.dw = nn.Conv2d(8, 8 * multiplier, 3, padding=1, groups=8)
+        self.bn2, self.project = nn.BatchNorm2d(8 * multiplier), nn.Conv2d(8 * multiplier, 6, 1)
+        self.fc = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu6(self.bn2(self.dw(F.hardswish(self.bn1(self.expand(x))))))
+        return self.fc(self.project(x).mean((2, 3)))
+
+
+class Grouped(nn.Module):
+    """A grouped convolution with `groups` groups between two ordinary ones, each 16 channels wide."""
+
+    def __init__(self, groups: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 16, 1), nn.BatchNorm2d(16)
+        self.conv2, self.bn2 = nn.Conv2d(16, 16, 3, padding=1, groups=groups), nn.BatchNorm2d(16)
+        self.conv3 = nn.Conv2d(16, 6, 1)
+        self.fc = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))))
+        return self.fc(self.conv3(x).mean((2, 3)))
+
+
+class SqueezeExcite(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.reduce, self.expand = nn.Conv2d(8, 4, 1), nn.Conv2d(4, 8, 1)
+        self.conv2, self.fc = nn.Conv2d(8, 6, 1), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.silu(self.bn1(self.conv1(x)))
+        gate = self.expand(F.relu(self.reduce(x.mean((2, 3), keepdim=True))))
+        return self.fc(self.conv2(x * gate.sigmoid()).mean((2, 3)))
+
+
+class Shuffle(nn.Module):
+    """Two branches, concatenated and shuffled as in ShuffleNet, then split by halves again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 8, 1)
+        self.again, self.fc = nn.Conv2d(8, 8, 1), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([self.left(x), F.relu(self.right(x))], 1)
+        n, c, h, w = x.shape
+        x = x.view(n, 2, c // 2, h, w).transpose(1, 2).contiguous().view(n, c, h, w)
+        first, second = x.chunk(2, dim=1)
+        return self.fc(torch.cat([first, self.again(second)], 1).mean((2, 3)))
+
+
+class Split(nn.Module):
+    """Pieces of equal width, each with a convolution of its own, as in Res2Net; the width is an attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width = 6
+        self.conv1, self.bn1 = nn.Conv2d(3, 18, 1, bias=False), nn.BatchNorm2d(18)
+        self.convs = nn.ModuleList(nn.Conv2d(6, 6, 3, padding=1) for _ in range(2))
+        self.conv3, self.fc = nn.Conv2d(18, 4, 1), nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b, c = torch.split(F.relu(self.bn1(self.conv1(x))), self.width, 1)
+        a = F.relu(self.convs[0](a))
+        b = F.relu(self.convs[1](a + b))
+        return self.fc(self.conv3(torch.cat([a, b, c], 1)).mean((2, 3)))
+
+
+class Flatten(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc1, self.fc2 = nn.Conv2d(3, 6, 3, stride=2), nn.Linear(6 * 16, 10), nn.Linear(10, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.adaptive_max_pool2d(F.relu(self.conv(x)), 4)
+        return self.fc2(F.relu(self.fc1(torch.flatten(x, 1))))
+
+
+class Shared(nn.Module):
+    """One convolution called twice, and one weight registered under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.twice = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.a, self.b = nn.Conv2d(8, 6, 1, bias=False), nn.Conv2d(8, 6, 1, bias=False)
+        self.b.weight = self.a.weight
+        self.fc = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.twice(F.relu(self.twice(F.relu(self.stem(x))))))
+        return self.fc((self.a(x) + self.b(x.abs())).mean((2, 3)))
+
+
+class PaddedShortcut(nn.Module):
+    """A shortcut that pads channels with zeros, as option A of the CIFAR ResNets does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pad_before, self.pad_after = 4, 4
+        self.stem, self.conv = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 16, 3, stride=2, padding=1)
+        self.bn, self.head, self.fc = nn.BatchNorm2d(16), nn.Conv2d(16, 6, 1), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        shortcut = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.pad_before, self.pad_after))
+        return self.fc(self.head(F.relu(self.bn(self.conv(x)) + shortcut)).mean((2, 3)))
+
+
+class Flip(nn.Module):
+    """Channels added to themselves in reverse order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head, self.fc = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 6, 1), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.conv(x))
+        return self.fc(self.head(x + torch.flip(x, (1,)) * x).mean((2, 3)))
+
+
+class SliceAdd(nn.Module):
+    """The first channels get something added in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.narrow = nn.Conv2d(3, 12, 3, padding=1), nn.Conv2d(3, 4, 3, padding=1)
+        self.head, self.fc = nn.Conv2d(12, 6, 1), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, z = self.wide(x), self.narrow(x)
+        y[:, : z.shape[1]] += z
+        return self.fc(self.head(F.relu(y)).mean((2, 3)))
+
+
+class StandardisedWeight(nn.Module):
+    """A convolution whose weight is standardised over its inputs before use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.conv2, self.bn2 = nn.Conv2d(8, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)
+        self.fc = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))
+        weight = self.conv2.weight
+        weight = (weight - weight.mean((1, 2, 3), keepdim=True)) / weight.std((1, 2, 3), keepdim=True)
+        return self.fc(self.bn2(F.conv2d(x, weight, padding=1)).mean((2, 3)))
+
+
+class ChannelsLast(nn.Module):
+    """A ConvNeXt-like block: depthwise, LayerNorm over channels, two linears, layer scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.dw = nn.Conv2d(3, 8, 2, stride=2), nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.norm, self.fc1, self.fc2 = nn.LayerNorm(8), nn.Linear(8, 12), nn.Linear(12, 8)
+        self.gamma, self.head = nn.Parameter(torch.ones(8)), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = self.norm(self.dw(x).permute(0, 2, 3, 1))
+        y = (self.gamma * self.fc2(F.gelu(self.fc1(y)))).permute(0, 3, 1, 2)
+        return self.head((x + y).mean((2, 3)))
+
+
+class Transposed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.ConvTranspose2d(8, 6, 2, stride=2)
+        self.bn, self.grouped = nn.BatchNorm2d(6), nn.ConvTranspose2d(6, 6, 3, groups=6)
+        self.head = nn.Conv2d(6, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn(self.up(F.relu(self.down(x))))
+        return self.head(F.interpolate(self.grouped(x), scale_factor=2.0, mode="bilinear"))
+
+
+class Auxiliary(nn.Module):
+    """A second head that runs in training only, as GoogLeNet's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 6, 3, padding=1)
+        self.aux, self.aux_fc = nn.Conv2d(8, 4, 1), nn.Linear(4, 5)
+        self.drop, self.fc = nn.Dropout(0.5), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        x = F.relu(self.conv1(x))
+        out = self.fc(self.drop(F.relu(self.conv2(x)).mean((2, 3))))
+        return (out, self.aux_fc(F.relu(self.aux(x)).mean((2, 3)))) if self.training else out
+
+
+class Functional(nn.Module):
+    """Parameters used without modules, a positional table, and a buffer that scales channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 3, 3, 3) * 0.2)
+        self.table = nn.Parameter(torch.randn(1, 8, 1, 1))
+        self.register_buffer("scale", torch.rand(8) + 0.5)
+        self.matrix = nn.Parameter(torch.randn(8, 6) * 0.2)
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(F.conv2d(x, self.weight, padding=1) + self.table) * self.scale.view(1, -1, 1, 1)
+        return self.head(F.relu(x.mean((2, 3)) @ self.matrix))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One network and what coupling must find: units of each live group, [fibres x steps], in order."""
+
+    make: Callable[[], nn.Module]
+    live: tuple[str, ...]
+    mixing: bool = False
+
+
+CASES = {
+    "plain": Case(Plain, ("conv1 1x8", "conv2 1x12")),
+    "no-batch-norm": Case(NoBatchNorm, ("body.0 1x8", "body.2 1x6", "body.4 1x4")),
+    "residual": Case(Residual, ("stem 1x8", "conv1 1x6")),
+    "dense-concat": Case(DenseConcat, ("stem 1x6", "conv1 1x4", "conv2 1x4")),
+    "depthwise": Case(Depthwise, ("expand 1x8", "project 1x6")),
+    "depthwise-multiplier": Case(lambda: Depthwise(2), ("expand 1x8", "project 1x6")),
+    "grouped-places": Case(lambda: Grouped(2), ("conv1 2x8", "conv2 2x8", "conv3 1x6")),
+    "grouped-whole": Case(lambda: Grouped(8), ("conv1 1x8", "conv3 1x6")),
+    "squeeze-excite": Case(SqueezeExcite, ("conv1 1x8", "reduce 1x4", "conv2 1x6")),
+    "shuffle": Case(Shuffle, ("left 2x4", "again 1x8")),
+    "split": Case(Split, ("conv1 3x6", "convs.1 1x6", "conv3 1x4")),
+    "flatten": Case(Flatten, ("conv 1x6", "fc1 1x10")),
+    "shared": Case(Shared, ("stem 1x8", "a 1x6")),
+    "padded-shortcut": Case(PaddedShortcut, ("stem 1x8", "conv 1x8", "head 1x6")),
+    "flip": Case(Flip, ("conv 1x4", "head 1x6")),
+    "slice-add": Case(SliceAdd, ("wide 1x4", "wide#2 1x8", "head 1x6")),
+    "standardised-weight": Case(StandardisedWeight, ("conv1 1x8", "conv2 1x6"), mixing=True),
+    "channels-last": Case(ChannelsLast, ("stem 1x8", "fc1 1x12"), mixing=True),
+    "transposed": Case(Transposed, ("down 1x8", "up 1x6")),
+    "auxiliary": Case(Auxiliary, ("conv1 1x8", "conv2 1x6", "aux 1x4")),
+    "functional": Case(Functional, ("weight 1x8", "matrix 1x6")),
+}
+
+INPUT = torch.zeros(2, 3, 12, 12)

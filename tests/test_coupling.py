@@ -1,0 +1,185 @@
+import copy
+
+import networkx as nx
+import pytest
+import torch
+from torch import nn
+
+from archscan.capture import capture
+from archscan.errors import BadInput, UnsupportedOp
+from archscan.groups import channel_groups, couple, coupling_graph, freeze
+from archscan.rebuild import rebuild
+from tests.masked import masked, random_kept, randomised, removed_units
+from tests.nets import CASES, INPUT, Plain, Residual
+
+torch.manual_seed(0)
+
+
+@pytest.fixture(params=CASES, ids=list(CASES))
+def case(request):
+    torch.manual_seed(0)
+    return CASES[request.param]
+
+
+def live(coupling):
+    return tuple(f"{group.name} {len(group.units)}x{group.steps}" for group in coupling.groups if group.frozen is None)
+
+
+def test_finds_the_units_and_no_fewer(case):
+    coupling = couple(case.make(), INPUT)
+    assert live(coupling) == case.live
+    assert bool(coupling.mixing) == case.mixing
+    reasons = {group.frozen for group in coupling.groups if group.frozen}
+    assert reasons == {"network input", "network output"}
+
+
+def test_units_are_numbered_without_gaps(case):
+    coupling = couple(case.make(), INPUT)
+    numbers = [unit for group in coupling.groups for fibre in group.units for unit in fibre]
+    assert sorted(numbers) == list(range(coupling.unit_count))
+    assert len({group.name for group in coupling.groups}) == len(coupling.groups)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_slim_network_is_the_masked_original(case, seed):
+    model = randomised(case.make(), seed)
+    coupling = couple(model, INPUT.double())
+    kept = random_kept(coupling, seed)
+    slim = rebuild(model, INPUT.double(), coupling, kept).model.eval()
+    x = torch.randn(3, *INPUT.shape[1:], dtype=torch.float64)
+    with torch.no_grad():
+        expected, actual = masked(model, coupling, kept)(x), slim(x)
+    assert actual.shape == expected.shape
+    if not case.mixing:
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+        if removed_units(coupling, kept):
+            assert not torch.allclose(model(x), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_predicted_sizes_are_those_of_the_slim_network(case, seed):
+    model = case.make()
+    coupling = couple(model, INPUT)
+    kept = random_kept(coupling, seed)
+    widths = [len(kept[group.name][0]) for group in coupling.groups]
+    slim = rebuild(model, INPUT, coupling, kept).model
+    for name, parameter in slim.named_parameters():
+        assert tuple(parameter.shape) == tuple(size.at(widths) for size in coupling.parameters[name])
+    for number, value in enumerate(capture(slim, INPUT).values):
+        assert value.shape == tuple(size.at(widths) for size in coupling.sizes(number))
+
+
+def test_gates_cover_every_live_unit_and_nothing_passed_through(case):
+    coupling = couple(case.make(), INPUT)
+    gated = {int(unit) for consumer in coupling.consumers for unit in consumer.units if unit >= 0}
+    eval_units = {
+        unit
+        for group in coupling.groups
+        if group.frozen is None and group.name != "aux"
+        for fibre in group.units
+        for unit in fibre
+    }
+    assert eval_units <= gated
+    assert not any(consumer.module == "dw" and (consumer.units >= 0).any() for consumer in coupling.consumers)
+
+
+def test_leaves_the_model_unchanged(case):
+    model = case.make()
+    state = copy.deepcopy(model.state_dict())
+    model.train()
+    random_state = torch.get_rng_state()
+    couple(model, INPUT)
+    assert torch.equal(random_state, torch.get_rng_state())
+    assert model.training
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+    assert not nn.modules.module._global_forward_pre_hooks
+
+
+def test_an_op_without_a_rule_is_refused_by_name_and_place():
+    class Odd(nn.Module):
+        def forward(self, x):
+            return torch.linalg.inv(x @ x.transpose(2, 3))
+
+    with pytest.raises(UnsupportedOp, match="linalg_inv_ex at odd"):
+        couple(_Holder(Odd()), INPUT)
+
+
+class _Holder(nn.Module):
+    def __init__(self, odd):
+        super().__init__()
+        self.conv, self.odd = nn.Conv2d(3, 4, 3), odd
+
+    def forward(self, x):
+        return self.odd(self.conv(x))
+
+
+def test_a_forward_that_reads_values_runs_on_real_tensors():
+    class Reads(Plain):
+        def forward(self, x):
+            return super().forward(x * 2 if x.sum().item() > 0 else x)
+
+    assert live(couple(Reads(), INPUT)) == CASES["plain"].live
+
+
+def test_attention_between_activations_is_frozen_with_the_reason():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.q, self.k, self.head = nn.Conv2d(3, 8, 1), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 5)
+
+        def forward(self, x):
+            tokens = self.conv(x).flatten(2).transpose(1, 2)
+            scores = self.q(tokens) @ self.k(tokens).transpose(1, 2)
+            return self.head((scores.softmax(-1) @ tokens).mean(1))
+
+    groups = {group.name: group.frozen for group in channel_groups(Attention(), INPUT)}
+    assert "contracted between activations" in groups["q"]
+
+
+def test_an_unlabelled_partner_of_the_same_extent_freezes():
+    class Arange(Plain):
+        def forward(self, x):
+            x = self.bn1(self.conv1(x)) * torch.arange(8.0, device=x.device).view(1, -1, 1, 1)
+            return self.fc(self.bn2(self.conv2(x)).mean((2, 3)))
+
+    groups = {group.name: group.frozen for group in channel_groups(Arange(), INPUT)}
+    assert "unlabelled" in groups["conv1"]
+    assert groups["conv2"] is None
+
+
+def test_wrong_input_is_refused():
+    with pytest.raises(BadInput, match=r"cannot take an input of shape \(1, 4, 12, 12\)"):
+        couple(Plain(), torch.zeros(1, 4, 12, 12))
+    with pytest.raises(BadInput, match="no tensor"):
+        couple(Plain(), {})
+
+
+def test_dict_and_tuple_inputs():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.head = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1)
+
+        def forward(self, first, *, second):
+            return {"out": (self.head(self.a(first) + self.b(second)),)}
+
+    coupling = couple(Two(), {"first": INPUT, "second": INPUT})
+    assert live(coupling) == ("a 1x8",)
+
+
+def test_freeze_gives_the_reason_and_refuses_unknown_names():
+    coupling = couple(Residual(), INPUT)
+    frozen = freeze(coupling, {"conv1": "asked for"})
+    assert {group.name: group.frozen for group in frozen.groups}["conv1"] == "asked for"
+    assert {group.name: group.frozen for group in coupling.groups}["conv1"] is None
+    with pytest.raises(BadInput, match="no channel group is called nowhere"):
+        freeze(coupling, {"nowhere": "x"})
+
+
+def test_coupling_graph_joins_groups_and_layers():
+    graph = coupling_graph(couple(Residual(), INPUT))
+    assert isinstance(graph, nx.MultiGraph)
+    assert set(graph["group", "stem"]) == {("layer", name) for name in ("stem", "conv1", "conv2", "bn2", "fc")}
+    assert graph.nodes["group", "stem"]["channels"] == 8
+    roles = {data["role"] for _, _, data in graph.edges(("group", "stem"), data=True)}
+    assert roles == {"out", "in", "affine"}
