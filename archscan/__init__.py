@@ -1,5 +1,63 @@
-"""Find what bottlenecks a CNN, slim it to a budget, and prove that the slim network computes what the plan says."""
+"""Find what bottlenecks a CNN, slim it to a budget, and prove that the slim network computes what the plan says.
 
-from archscan.torchvision_ops import declare_missing_ops
+The names below are imported when they are first used, so that ``import archscan`` and ``archscan --help`` take no time.
+"""
 
-declare_missing_ops()
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+from archscan.torchvision_ops import watch_for_torchvision
+
+if TYPE_CHECKING:
+    from archscan.errors import (
+        ArchscanError,
+        BadInput,
+        InfeasibleBudget,
+        RebuildMismatch,
+        UnsupportedOp,
+    )
+    from archscan.export import load
+    from archscan.groups import ChannelGroup, channel_groups, couple, coupling_graph
+    from archscan.slimming import SlimResult, SlimSettings, slim
+    from archscan.widths import WidthRule
+
+__all__ = [
+    "ArchscanError",
+    "BadInput",
+    "ChannelGroup",
+    "InfeasibleBudget",
+    "RebuildMismatch",
+    "SlimResult",
+    "SlimSettings",
+    "UnsupportedOp",
+    "WidthRule",
+    "__version__",
+    "channel_groups",
+    "couple",
+    "coupling_graph",
+    "load",
+    "slim",
+]
+
+_HOMES = {
+    "archscan.errors": ("ArchscanError", "BadInput", "InfeasibleBudget", "RebuildMismatch", "UnsupportedOp"),
+    "archscan.export": ("load",),
+    "archscan.groups": ("ChannelGroup", "channel_groups", "couple", "coupling_graph"),
+    "archscan.slimming": ("SlimResult", "SlimSettings", "slim"),
+    "archscan.widths": ("WidthRule",),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+try:
+    __version__ = version("archscan")
+except PackageNotFoundError:
+    __version__ = "0+source"
+
+watch_for_torchvision()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'archscan' has no attribute {name!r}")
+    return getattr(import_module(_HOME_OF[name]), name)

@@ -1,0 +1,121 @@
+"""Which widths a group may have, and what each loses: groups, saliency, `WidthRule` → `Choices`.
+
+Data format: widths are counted in steps of a group (`ChannelGroup.steps`), rounding and floors in channels. Row g of
+a `Choices` table lists the widths of group g in ascending order; short rows are padded on the right with the full
+width and an infinite loss.
+
+The decision that is not obvious: the loss of a width is the sum of the lowest saliencies *of each fibre*, not of the
+lowest steps: fibres (the groups of a grouped convolution) must keep equal counts, but each may keep other units.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from archscan.errors import BadInput
+from archscan.groups import ChannelGroup
+
+AUTO_ROUNDING = (8, 4, 2, 1)
+"""What ``auto`` rounds to, in channels: the first that leaves a group at least `AUTO_WIDTHS` widths."""
+
+AUTO_WIDTHS = 8
+
+DEFAULT_FLOOR = 0.0
+"""Fraction of its full width that a group keeps at least, beside one rounding step, where no minimum width is given."""
+
+
+@dataclass(frozen=True)
+class WidthRule:
+    """Which widths are allowed.
+
+    Attributes:
+        round_to: Widths are multiples of this many channels (or the full width); None chooses 8, 4, 2 or 1 by group.
+        min_width: Fewest channels that a group keeps; None keeps one rounding step.
+    """
+
+    round_to: int | None = None
+    min_width: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("rounding", self.round_to), ("minimum width", self.min_width)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise BadInput(f"the {name} is {value!r}; it must be a whole number of channels, 1 or more")
+
+
+@dataclass(frozen=True, eq=False)
+class Choices:
+    """Widths to choose from, and the saliency that each loses.
+
+    Attributes:
+        steps_GN: Allowed widths of each group in steps, ascending, padded with the full width.
+        losses_GN: Summed saliency of the units that the width removes, padded with infinity.
+        last_G: Column of the full width.
+    """
+
+    steps_GN: np.ndarray
+    losses_GN: np.ndarray
+    last_G: np.ndarray
+
+
+def allowed_steps(group: ChannelGroup, rule: WidthRule) -> list[int]:
+    """List the widths that a group may have, in steps, ascending; the full width is always the last."""
+    if group.frozen is not None:
+        return [group.steps]
+    multiple = _steps_per_multiple(group, rule.round_to)
+    if rule.min_width is None:
+        floor = max(multiple, math.ceil(DEFAULT_FLOOR * group.steps))
+    else:
+        floor = math.ceil(rule.min_width / group.channels_per_step)
+    below_full = range(multiple, group.steps, multiple)
+    return [*(steps for steps in below_full if steps >= floor), group.steps]
+
+
+def _steps_per_multiple(group: ChannelGroup, round_to: int | None) -> int:
+    """Fewest steps whose channels are a multiple of the rounding."""
+    for multiple in AUTO_ROUNDING if round_to is None else (round_to,):
+        steps = math.lcm(multiple, group.channels_per_step) // group.channels_per_step
+        if round_to is not None or group.steps // steps >= AUTO_WIDTHS:
+            return steps
+    return 1
+
+
+def choices(groups: Sequence[ChannelGroup], saliency_U: np.ndarray, rule: WidthRule) -> Choices:
+    """Tabulate the allowed widths of all groups and what each loses.
+
+    Raises:
+        BadInput: A group that could be cut has a saliency that is not finite.
+    """
+    rows = [allowed_steps(group, rule) for group in groups]
+    longest = max((len(row) for row in rows), default=1)
+    steps_GN = np.zeros((len(rows), longest), dtype=np.int64)
+    losses_GN = np.full((len(rows), longest), np.inf)
+    for number, (group, row) in enumerate(zip(groups, rows, strict=True)):
+        steps_GN[number] = group.steps
+        steps_GN[number, : len(row)] = row
+        losses_GN[number, : len(row)] = _losses(group, saliency_U)[group.steps - np.array(row)]
+    return Choices(steps_GN, losses_GN, np.array([len(row) - 1 for row in rows], dtype=np.int64))
+
+
+def _losses(group: ChannelGroup, saliency_U: np.ndarray) -> np.ndarray:
+    """Least summed saliency by the number of removed steps, 0 to all."""
+    if group.frozen is not None:
+        return np.zeros(group.steps + 1)
+    saliency_FP = saliency_U[np.array(group.units)]
+    if not np.isfinite(saliency_FP).all():
+        bad = int((~np.isfinite(saliency_FP)).sum())
+        raise BadInput(
+            f"the saliency of {bad} of {saliency_FP.size} units of group {group.name} is not finite; look for "
+            "NaN or huge values in its weights, or choose another criterion"
+        )
+    lost_FP = np.cumsum(np.sort(saliency_FP, axis=1), axis=1)
+    return np.concatenate([[0.0], lost_FP.sum(axis=0)])
+
+
+def best_steps(group: ChannelGroup, saliency_U: np.ndarray, steps: int) -> tuple[tuple[int, ...], ...]:
+    """Choose the steps of highest saliency within each fibre, sorted by index; among equals the lower index is kept."""
+    if steps == group.steps:
+        return (tuple(range(steps)),) * len(group.units)
+    order_FP = np.argsort(-saliency_U[np.array(group.units)], axis=1, kind="stable")
+    return tuple(tuple(row) for row in np.sort(order_FP[:, :steps], axis=1).tolist())
