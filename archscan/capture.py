@@ -101,11 +101,28 @@ class Node:
     @property
     def tensors(self) -> tuple[int, ...]:
         """Numbers of all tensor arguments, in order."""
-        return tuple(leaf.value for leaf in tree_flatten((self.args, dict(self.kwargs)))[0] if isinstance(leaf, Ref))
+        leaves = _leaves((*self.args, *self.kwargs.values()))
+        return tuple(leaf.value for leaf in leaves if isinstance(leaf, Ref))
 
     def where(self) -> str:
         """Name the place of this op for a message."""
         return self.module or "the model's own forward"
+
+
+def _leaves(result: Any) -> list[Any]:
+    """Everything in the nested lists and tuples that ATen ops take and return, which are simpler than pytrees."""
+    if not isinstance(result, (list, tuple)):
+        return [result]
+    return [leaf for part in result for leaf in _leaves(part)]
+
+
+def _replace_tensors(argument: Any, refer: Callable[[Tensor], Ref]) -> Any:
+    """Copy an argument with its tensors replaced by references."""
+    if isinstance(argument, Tensor):
+        return refer(argument)
+    if isinstance(argument, (list, tuple)):
+        return type(argument)(_replace_tensors(part, refer) for part in argument)
+    return argument
 
 
 @dataclass(frozen=True)
@@ -173,6 +190,22 @@ class ContractionMode(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def _batch_norm_shapes(data: Tensor, *_args: Any) -> tuple[Tensor, ...]:
+    return torch.empty_like(data), data.new_empty(data.shape[1]), data.new_empty(data.shape[1])
+
+
+def _layer_norm_shapes(data: Tensor, normalized_shape: Sequence[int], *_args: Any) -> tuple[Tensor, ...]:
+    rows = [*data.shape[: data.ndim - len(normalized_shape)], *[1] * len(normalized_shape)]
+    return torch.empty_like(data, memory_format=torch.contiguous_format), data.new_empty(rows), data.new_empty(rows)
+
+
+_NORMALISATIONS: Mapping[Any, Callable[..., tuple[Tensor, ...]]] = {
+    torch.ops.aten.native_batch_norm.default: _batch_norm_shapes,
+    torch.ops.aten.native_layer_norm.default: _layer_norm_shapes,
+}
+"""Sizes of outputs on meta, where torch derives them through a Python decomposition that costs ten times all the rest."""
+
+
 class _Recorder(TorchDispatchMode):
     """Append a `Node` for every ATen op; tensors are numbered by identity, and kept alive so that it stays unique."""
 
@@ -201,18 +234,19 @@ class _Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         refs: list[int] = []
 
-        def refer(leaf: Any) -> Any:
-            if not isinstance(leaf, Tensor):
-                return leaf
+        def refer(leaf: Tensor) -> Ref:
             refs.append(self.number(leaf, "constant", per_sample=False))
             return Ref(refs[-1])
 
-        recorded_args, recorded_kwargs = tree_map(refer, args), tree_map(refer, kwargs)
-        result = func(*args, **kwargs)
+        recorded_args = tuple(_replace_tensors(arg, refer) for arg in args)
+        recorded_kwargs = {key: _replace_tensors(value, refer) for key, value in kwargs.items()}
+        shapes = _NORMALISATIONS.get(func)
+        on_meta = shapes is not None and args[0].device.type == "meta"
+        result = shapes(*args) if on_meta and shapes is not None else func(*args, **kwargs)
         per_sample = any(self.values[ref].per_sample for ref in refs)
         outputs = tuple(
             self.number(leaf, "activation", per_sample) if isinstance(leaf, Tensor) else None
-            for leaf in tree_flatten(result)[0]
+            for leaf in _leaves(result)
         )
         if per_sample and func._schema.is_mutable:
             self._mark_per_sample(outputs)

@@ -6,7 +6,9 @@ a grid that must keep equal counts become the fibres of one group; where grids d
 place, which is coarser but exact.
 """
 
-from collections.abc import Mapping, Sequence
+import gc
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -168,10 +170,22 @@ def couple(model: nn.Module, example_input: Any) -> Coupling:
         BadInput: The model cannot take the input.
     """
     record = Record()
-    walk = Walk(capture(model, example_input), record).run()
-    Walk(capture(model, example_input, training=True), record).run()
-    units = resolve(record)
-    return _assemble(record, walk, units, dict(model.named_parameters()))
+    with _paused_garbage_collection():
+        walk = Walk(capture(model, example_input), record).run()
+        Walk(capture(model, example_input, training=True), record).run()
+        return _assemble(record, walk, resolve(record), dict(model.named_parameters()))
+
+
+@contextmanager
+def _paused_garbage_collection() -> Iterator[None]:
+    """Put off cyclic collections, each of which walks every module of the process and frees nothing here."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def channel_groups(model: nn.Module, example_input: Any) -> tuple[ChannelGroup, ...]:

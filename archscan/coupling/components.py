@@ -119,6 +119,8 @@ def _planable(rows: tuple[tuple[int, ...], ...], width: int, signature: np.ndarr
 def _connected(record: Record) -> np.ndarray:
     """Number the connected components of the united labels; entry i belongs to label i, entry 0 to "not a channel"."""
     size = record.next_label
-    pairs = torch.cat([torch.zeros(2, 0, dtype=torch.int64), *record.pairs], dim=1).numpy()
+    none = torch.zeros(0, dtype=torch.int64)
+    pairs = np.stack([torch.cat([none, *side]).numpy() for side in zip((none, none), *record.pairs, strict=True)])
+    pairs = pairs[:, (pairs[0] != pairs[1]) & (pairs > 0).all(axis=0)]
     matrix = coo_matrix((np.ones(pairs.shape[1], dtype=np.int8), (pairs[0], pairs[1])), shape=(size, size))
     return connected_components(matrix, directed=False)[1].astype(np.int64)

@@ -55,7 +55,7 @@ class Record:
 
     next_label: int = 1
     axes: dict[tuple[str, int], TensorAxis] = field(default_factory=dict)
-    pairs: list[Tensor] = field(default_factory=list)
+    pairs: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     frozen: list[tuple[Tensor, str]] = field(default_factory=list)
     grids: list[tuple[Tensor, str]] = field(default_factory=list)
     mixing: dict[str, None] = field(default_factory=dict)
@@ -71,10 +71,11 @@ class Record:
 
     def unite(self, left: Tensor, right: Tensor) -> None:
         """Record that labels at the same place are one unit; a label that meets 0 is left as it is."""
+        if left is right:
+            return
         axes = sorted({*planes.varying(left), *planes.varying(right)})
         left, right = torch.broadcast_tensors(planes.compress(left, axes), planes.compress(right, axes))
-        pair = torch.stack([left.reshape(-1), right.reshape(-1)])
-        self.pairs.append(pair[:, (pair[0] != pair[1]) & (pair[0] > 0) & (pair[1] > 0)])
+        self.pairs.append((left.reshape(-1), right.reshape(-1)))
 
     def freeze(self, labels: Tensor, reason: str) -> None:
         """Record that these labels must stay, and why."""

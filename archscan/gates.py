@@ -1,0 +1,330 @@
+"""Differentiate the loss by one gate per unit: model, coupling, calibration batches → `GateStatistics`.
+
+Unit u has a gate z_u = 1 that multiplies its channel where it is consumed (`Coupling.consumers`). Gates differ per
+sample, z[n, u], so that one backward pass gives the gradient of each sample's own loss; parameters take no part in it.
+
+Shape suffixes: B calibration batches, N samples, U units.
+
+The decision that is not obvious: at z = 1 the gradient is the sum of a · dL/da over a channel's positions, so that
+first-order statistics never multiply by a gate. A probe that passes the activation through reads that sum off in the
+backward pass, and makes its output require grad, so that differentiation starts at the first gated consumer. Only
+second-order statistics multiply by real gates and go backward twice. `probes` has the mechanics.
+"""
+
+from collections.abc import Callable, Iterable, Sized
+from contextlib import nullcontext
+from dataclasses import dataclass, field, fields
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_flatten, tree_map
+
+from archscan.errors import BadInput
+from archscan.groups import Coupling
+from archscan.losses import Batch, LossFn, drawn_label_loss, logits_of
+from archscan.probes import Gates, only_gates_differentiable
+
+Progress = Callable[[int, int], None]
+"""Called with (batches done, batches in all; 0 where the iterable has no length)."""
+
+Need = Literal[
+    "gradient", "sample_gradient", "fisher_gradient", "hessian_ones", "hessian_diagonal", "weight_norm", "bn_scale"
+]
+_SECOND_ORDER: frozenset[str] = frozenset({"hessian_ones", "hessian_diagonal"})
+_PASSES: frozenset[str] = _SECOND_ORDER | {"gradient", "sample_gradient", "fisher_gradient"}
+
+
+@dataclass(frozen=True, eq=False)
+class GateStatistics:
+    """What criteria see of a network; None where it was not asked for.
+
+    Attributes:
+        unit_count: U.
+        seed: Seed of everything random: label draws, Hutchinson probes, the `random` criterion.
+        batch_sizes: Samples of each calibration batch; empty where no batch was needed.
+        gradient_BU: Gradient of each batch's mean loss by the gates, float64.
+        sample_gradient_NU: Gradient of each sample's own loss by its gates, in the model's precision.
+        fisher_gradient_NU: The same for cross-entropy with labels drawn from the model's own predictions.
+        hessian_ones_BU: H·1, the Hessian of each batch's mean loss by the gates summed along its rows, float64.
+        hessian_diagonal_U: Diagonal of the Hessian of the mean loss, float64.
+        weight_norm_U: L2 norm of the unit's slices of producers' and consumers' weights, float64.
+        bn_scale_U: Mean abs(γ) of the unit's BatchNorm channels, NaN where it has none, float64.
+    """
+
+    unit_count: int
+    seed: int = 0
+    batch_sizes: tuple[int, ...] = ()
+    gradient_BU: np.ndarray | None = None
+    sample_gradient_NU: np.ndarray | None = None
+    fisher_gradient_NU: np.ndarray | None = None
+    hessian_ones_BU: np.ndarray | None = None
+    hessian_diagonal_U: np.ndarray | None = None
+    weight_norm_U: np.ndarray | None = None
+    bn_scale_U: np.ndarray | None = None
+
+    @property
+    def samples(self) -> int:
+        """Calibration samples seen."""
+        return sum(self.batch_sizes)
+
+    def require(self, need: Need) -> np.ndarray:
+        """Get a statistic that a criterion needs.
+
+        Raises:
+            BadInput: It was not collected.
+        """
+        (name,) = (entry.name for entry in fields(self) if entry.name.rpartition("_")[0] == need)
+        values = getattr(self, name)
+        if values is None:
+            raise BadInput(f"the statistics hold no {need}; collect them with what the criterion needs")
+        return values
+
+
+def collect(
+    model: nn.Module,
+    coupling: Coupling,
+    batches: Iterable[Batch],
+    loss_fn: LossFn,
+    needs: frozenset[Need],
+    *,
+    seed: int = 0,
+    diagonal_probes: int = 8,
+    progress: Progress | None = None,
+) -> GateStatistics:
+    """Collect the statistics in `needs` over all batches; the model is left unchanged.
+
+    All of them share one forward pass per batch, in eval mode. A sample is an index of the leading axis of the batch's
+    first tensor; where an activation's leading axis is a multiple of that, each sample's frames are taken to be folded
+    into it, one sample after the other. Units of frozen groups have no gate, and derivatives of 0.
+
+    Args:
+        model: The network, on any device; batches are moved there.
+        coupling: Places of the gates and owners of the weights.
+        batches: Calibration batches, taken one at a time; not touched where `needs` holds weight statistics only.
+        loss_fn: Mean loss of a batch over its samples, each sample's loss depending on that sample alone.
+        needs: What to collect.
+        seed: Seeds label draws, Hutchinson probes and whatever is random in the model.
+        diagonal_probes: Rademacher probes per sample for the Hessian diagonal. Exact where there are no more units;
+            else the variance at unit u is the mean over samples n of Σ_{v≠u} H_n[u,v]², over (samples · probes).
+        progress: Reports batches done.
+
+    Raises:
+        BadInput: The batches, the loss or a gradient are unusable, or the model ran differently from its capture.
+    """
+    if unknown := sorted(needs - set(get_args(Need))):
+        raise BadInput(f"no gate statistic is called {unknown[0]!r}; choose from {', '.join(get_args(Need))}")
+    if diagonal_probes < 1:
+        raise BadInput(f"diagonal_probes is {diagonal_probes}; the Hessian diagonal takes at least 1")
+    rows = _Rows()
+    if needs & _PASSES:
+        device, dtype = _device_and_dtype(model)
+        gates = Gates(coupling, device, dtype)
+        draw = torch.Generator().manual_seed(seed)
+        total = len(batches) if isinstance(batches, Sized) else 0
+        with only_gates_differentiable(model, gates, seed):
+            for number, batch in enumerate(batches, start=1):
+                run = _Run(model, gates, loss_fn, _moved(batch, device), number)
+                _add_batch(rows, run, needs, draw, diagonal_probes)
+                if progress is not None:
+                    progress(number, total)
+        if not rows.sizes:
+            raise BadInput("there is no calibration batch; pass at least one")
+    return GateStatistics(
+        unit_count=coupling.unit_count,
+        seed=seed,
+        batch_sizes=tuple(rows.sizes),
+        gradient_BU=rows.stacked("gradient"),
+        sample_gradient_NU=rows.concatenated("sample_gradient"),
+        fisher_gradient_NU=rows.concatenated("fisher_gradient"),
+        hessian_ones_BU=rows.stacked("hessian_ones"),
+        hessian_diagonal_U=rows.averaged("hessian_diagonal"),
+        weight_norm_U=weight_norm(model, coupling) if "weight_norm" in needs else None,
+        bn_scale_U=bn_scale(model, coupling) if "bn_scale" in needs else None,
+    )
+
+
+# Weight statistics ----------------------------------------------------------------------------------------------------
+
+
+def weight_norm(model: nn.Module, coupling: Coupling) -> np.ndarray:
+    """Compute the L2 norm of all of a unit's weights: its slices of its producers and of its consumers, shape [U]."""
+    squares_U = np.zeros(coupling.unit_count)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for path, axes in coupling.tensors.items():
+        if path not in parameters:
+            continue
+        squares = parameters[path].detach().double().square().cpu()
+        for owner in axes:
+            if owner.role == "affine":
+                continue
+            keep = {owner.axis} if owner.units.ndim == 1 else {0, owner.axis}
+            summed = squares.numpy().sum(tuple(axis for axis in range(squares.ndim) if axis not in keep))
+            owned = owner.units >= 0
+            np.add.at(squares_U, owner.units[owned], summed[owned])
+    if not np.isfinite(squares_U).all():
+        raise BadInput(
+            "the model's weights hold NaN or infinity; load weights that were saved from a sound training run"
+        )
+    return np.sqrt(squares_U)
+
+
+def bn_scale(model: nn.Module, coupling: Coupling) -> np.ndarray:
+    """Compute the mean abs(γ) over a unit's BatchNorm channels, NaN for units without one, shape [U].
+
+    A BatchNorm is any module with a weight and a running mean, so that custom and frozen ones count too.
+    """
+    sums_U, counts_U = np.zeros(coupling.unit_count), np.zeros(coupling.unit_count)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for path, axes in coupling.tensors.items():
+        parent, _, name = path.rpartition(".")
+        module = modules.get(parent)
+        if name != "weight" or getattr(module, "running_mean", None) is None:
+            continue
+        scale = getattr(module, name).detach().double().abs().cpu().numpy()
+        for owner in axes:
+            owned = owner.units >= 0
+            np.add.at(sums_U, owner.units[owned], scale[owned])
+            np.add.at(counts_U, owner.units[owned], 1)
+    if not counts_U.any():
+        raise BadInput("no channel that could be removed has a BatchNorm; choose a criterion other than bn-scale")
+    if not np.isfinite(sums_U).all():
+        raise BadInput("a BatchNorm weight is NaN or infinite; load weights that were saved from a sound training run")
+    return np.divide(sums_U, counts_U, out=np.full_like(sums_U, np.nan), where=counts_U > 0)
+
+
+# One batch ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """One calibration batch on the model's device; `number` counts from 1."""
+
+    model: nn.Module
+    gates: Gates
+    loss_fn: LossFn
+    batch: Batch
+    number: int
+
+
+@dataclass
+class _Rows:
+    """Statistics of the batches so far, by name; absent where not asked for."""
+
+    sizes: list[int] = field(default_factory=list)
+    by_name: dict[Need, list[np.ndarray]] = field(default_factory=dict)
+
+    def stacked(self, name: Need) -> np.ndarray | None:
+        return np.stack(self.by_name[name]) if name in self.by_name else None
+
+    def concatenated(self, name: Need) -> np.ndarray | None:
+        return np.concatenate(self.by_name[name]) if name in self.by_name else None
+
+    def averaged(self, name: Need) -> np.ndarray | None:
+        return np.average(self.by_name[name], axis=0, weights=self.sizes) if name in self.by_name else None
+
+
+def _add_batch(rows: _Rows, run: _Run, needs: frozenset[Need], draw: torch.Generator, diagonal_probes: int) -> None:
+    """Run one batch and add its statistics to `rows`."""
+    try:
+        found = _statistics(run, needs, draw, diagonal_probes)
+    except RuntimeError as error:
+        remedy = "choose a first-order criterion" if needs & _SECOND_ORDER else "try a smaller batch or another loss_fn"
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise BadInput(f"calibration batch {run.number} cannot be differentiated: {reason}; {remedy}") from error
+    for name, values in found.items():
+        _require_finite(run, values, name)
+        rows.by_name.setdefault(name, []).append(values.cpu().numpy())
+    rows.sizes.append(run.gates.samples)
+
+
+def _statistics(run: _Run, needs: frozenset[Need], draw: torch.Generator, diagonal_probes: int) -> dict[Need, Tensor]:
+    """Compute one batch's statistics from one forward pass; backward passes are shared too."""
+    second = bool(needs & _SECOND_ORDER)
+    run.gates.begin(_sample_count(run.batch), multiply=second)
+    # Fused attention kernels can be differentiated only once.
+    with run.gates, sdpa_kernel(SDPBackend.MATH) if second else nullcontext():
+        loss = run.loss_fn(run.model, run.batch)
+    run.gates.require_placed()
+    _require_loss(run, loss)
+    found: dict[Need, Tensor] = {}
+    if needs - {"fisher_gradient"} & _PASSES:
+        gradient_NU = run.gates.gradient(loss, keep_graph="fisher_gradient" in needs, differentiable=second)
+        found["gradient"] = gradient_NU.detach().double().mean(0)
+        found["sample_gradient"] = gradient_NU.detach()
+    if "hessian_ones" in needs:
+        ones_NU = torch.ones_like(gradient_NU)
+        found["hessian_ones"] = run.gates.hessian_product(gradient_NU, ones_NU).double().mean(0)
+    if "hessian_diagonal" in needs:
+        found["hessian_diagonal"] = _hessian_diagonal(run.gates, gradient_NU, diagonal_probes)
+    if "fisher_gradient" in needs:
+        drawn = drawn_label_loss(logits_of(run.gates.output), draw)
+        found["fisher_gradient"] = run.gates.gradient(drawn, keep_graph=False, differentiable=False)
+    return {name: values for name, values in found.items() if name in needs}
+
+
+def _hessian_diagonal(gates: Gates, gradient_NU: Tensor, probes: int) -> Tensor:
+    """Estimate the diagonal of the Hessian of the batch's mean loss.
+
+    diag(H) = E[v ⊙ H v] over Rademacher v, drawn for each sample (Hutchinson 1990). Exact, by unit
+    vectors, where there are no more units than probes.
+    """
+    samples, units = gradient_NU.shape
+    if units <= probes:
+        basis = torch.eye(units, dtype=gradient_NU.dtype, device=gradient_NU.device)
+        products = [gates.hessian_product(gradient_NU, unit.expand(samples, units)) for unit in basis]
+        return torch.stack(products, 2).double().mean(0).diagonal()
+    total_U = torch.zeros(units, dtype=torch.float64, device=gradient_NU.device)
+    for _ in range(probes):
+        signs_NU = torch.randint_like(gradient_NU, 2) * 2 - 1
+        total_U += (signs_NU * gates.hessian_product(gradient_NU, signs_NU)).double().mean(0)
+    return total_U / probes
+
+
+def _device_and_dtype(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Find where the model lives and the precision it computes in, at least float32 for what is accumulated."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            return parameter.device, torch.promote_types(parameter.dtype, torch.float32)
+    return torch.device("cpu"), torch.float32
+
+
+def _moved(batch: Batch, device: torch.device) -> Batch:
+    return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, batch)
+
+
+def _sample_count(batch: Batch) -> int:
+    """Count samples: the leading size of the batch's first tensor."""
+    for leaf in tree_flatten(batch)[0]:
+        if isinstance(leaf, Tensor) and leaf.ndim and len(leaf):
+            return len(leaf)
+    raise BadInput(
+        "a calibration batch holds no tensor with samples on its leading axis; pass tuples or dicts of tensors"
+    )
+
+
+def _require_loss(run: _Run, loss: Tensor) -> None:
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        kind = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        raise BadInput(f"loss_fn returned {kind}; it must return a scalar tensor, the mean over the batch")
+    if not torch.isfinite(loss.detach()).all():
+        raise BadInput(
+            f"the loss of calibration batch {run.number} is {loss.item()}; check the weights and the images for NaN"
+            " and infinity"
+        )
+    if not loss.requires_grad:
+        raise BadInput(
+            f"the loss of calibration batch {run.number} does not depend on any gate; let the model run with gradients"
+        )
+
+
+def _require_finite(run: _Run, values: Tensor, name: Need) -> None:
+    if torch.isfinite(values).all():
+        return
+    unit = int(torch.isfinite(values).reshape(-1, values.shape[-1]).all(0).logical_not().nonzero()[0])
+    raise BadInput(
+        f"the {name.replace('_', ' ')} of calibration batch {run.number} is not finite at the input of"
+        f" {run.gates.reader_of(unit)}; check the weights and the images, or use float32"
+    )

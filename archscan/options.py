@@ -1,0 +1,157 @@
+"""What a user can ask for: the frozen dataclasses between the command line and the pipeline.
+
+The defaults here are the only ones; the help texts print them. Values arrive checked for range (a ratio is in (0, 1], a
+count is positive); whether a name exists or an option has an effect is for the stage that knows.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+ProgressCallback = Callable[[int, int], None]
+"""Called with the number of steps done and the number of all steps."""
+
+ProgressFactory = Callable[[str], AbstractContextManager[ProgressCallback]]
+"""Opens one progress bar under a description, for the duration of a ``with`` block."""
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which network, with which weights.
+
+    Attributes:
+        name: A timm, torchvision or reference name, ``file.py:factory``, or a saved folder.
+        weights: ``auto``, ``pretrained``, ``random``, or a file.
+        input_size: Height and width in pixels; None for the network's own.
+        num_classes: Width of the classifier; None for the network's own.
+    """
+
+    name: str
+    weights: str = "auto"
+    input_size: tuple[int, int] | None = None
+    num_classes: int | None = None
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Which images, and how they are fed.
+
+    Attributes:
+        source: Calibration images: a folder, a zip, ``digits`` or ``synthetic``.
+        samples: How many of them to use.
+        eval_source: Images for the accuracy before and after; None for no accuracy.
+        batch_size: Images per forward pass.
+        mean: Per channel, on the scale [0, 1]; None for the network's own.
+        std: Per channel, on the scale [0, 1]; None for the network's own.
+    """
+
+    source: str = "synthetic"
+    samples: int = 256
+    eval_source: str | None = None
+    batch_size: int = 32
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class BudgetOptions:
+    """How small, and within which rules.
+
+    Attributes:
+        kind: What the ratio is of; one MAC is one FLOP.
+        ratio: Kept fraction of the dense cost, 0 < ratio <= 1.
+        round_to: Widths are multiples of this; None chooses by the width of each group.
+        min_width: No group gets narrower than this many channels; None chooses by the width of each group.
+        protect: Shell patterns of layers that keep their width.
+    """
+
+    kind: Literal["macs", "params"]
+    ratio: float
+    round_to: int | None = None
+    min_width: int | None = None
+    protect: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Where and how to compute.
+
+    Attributes:
+        device: ``auto``, ``cpu`` or ``cuda``.
+        threads: CPU threads; None leaves torch's own number.
+        seed: Of everything random.
+    """
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """Where the result goes and what is printed.
+
+    Attributes:
+        folder: Of the result; None for the default name below ``reports/``.
+        overwrite: Whether an existing folder may be replaced.
+        json: Print the summary as JSON on standard output, and nothing else there.
+        quiet: Print the verdict only.
+    """
+
+    folder: Path | None = None
+    overwrite: bool = False
+    json: bool = False
+    quiet: bool = False
+
+
+@dataclass(frozen=True)
+class SlimOptions:
+    """Everything that ``archscan MODEL`` asks for.
+
+    Attributes:
+        criterion: A name from the criteria table.
+        recover: ``bn`` recalibrates BatchNorm statistics after slimming; None is ``bn`` where the data are real.
+        command_line: As typed, for the report.
+    """
+
+    model: ModelOptions
+    budget: BudgetOptions
+    data: DataOptions = field(default_factory=DataOptions)
+    run: RunOptions = field(default_factory=RunOptions)
+    output: OutputOptions = field(default_factory=OutputOptions)
+    criterion: str = "sosp-h"
+    recover: Literal["none", "bn"] | None = None
+    command_line: str = ""
+
+
+@dataclass(frozen=True)
+class ScanOptions:
+    """Everything that ``archscan scan MODEL`` asks for; coupling and costs depend on no weights and no data."""
+
+    model: ModelOptions
+    protect: tuple[str, ...] = ()
+    output: OutputOptions = field(default_factory=OutputOptions)
+    command_line: str = ""
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """Everything that ``archscan evaluate DIR --data …`` asks for.
+
+    Attributes:
+        folder: A saved result.
+        source: Images with labels: a folder, a zip or ``digits``.
+        samples: How many of them to use; None for all.
+        batch_size: Images per forward pass.
+        command_line: As typed.
+    """
+
+    folder: Path
+    source: str
+    samples: int | None = None
+    batch_size: int = 32
+    run: RunOptions = field(default_factory=RunOptions)
+    output: OutputOptions = field(default_factory=OutputOptions)
+    command_line: str = ""

@@ -1,0 +1,242 @@
+"""Make the slim network: model, coupling, kept steps → a new model of the same module classes, and its `Surgery`.
+
+`apply` cuts a copy by a surgery and lets the modules' attributes follow; `rebuild` also finds the sizes that a forward
+hard-codes (see `follow`), and writes them into the surgery.
+
+The decision that is not obvious: attributes follow from the shape of a weight that has been cut, by the two tables
+`_FOLLOWERS` and `_WEIGHTS`, so a surgery lists indices only and subclasses of torch's layers need no entry.
+"""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from archscan.capture import capture
+from archscan.errors import BadInput, RebuildMismatch
+from archscan.follow import CannotFollow, Hints, Predicted, divergence, follow
+from archscan.groups import Coupling
+from archscan.surgery import Cut, Kept, Surgery, kept_units, named_tensors, set_sizes, surgery_for
+
+__all__ = [
+    "CannotFollow",
+    "Cut",
+    "Hints",
+    "Kept",
+    "Predicted",
+    "Rebuilt",
+    "Surgery",
+    "apply",
+    "predict",
+    "rebuild",
+    "surgery_for",
+]
+
+
+@dataclass(frozen=True, eq=False)
+class Rebuilt:
+    """A slim network and how it came about.
+
+    Attributes:
+        model: The new network.
+        surgery: What was done to the original; `apply(original, surgery)` gives the model again.
+    """
+
+    model: nn.Module
+    surgery: Surgery
+
+
+def _sliced(tensor: Tensor, cuts: Sequence[Cut]) -> Tensor:
+    """Take the kept indices of a tensor, in its own memory format."""
+    result = tensor.detach()
+    for cut in cuts:
+        index = torch.tensor(cut.kept, device=tensor.device)
+        if cut.by_row:
+            index = index.view(len(index), *(1,) * (cut.axis - 1), -1, *(1,) * (tensor.ndim - cut.axis - 1))
+            result = torch.take_along_dim(result, index, dim=cut.axis)
+        else:
+            result = result.index_select(cut.axis, index)
+    for dims, layout in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+        if tensor.ndim == dims and tensor.is_contiguous(memory_format=layout) and not tensor.is_contiguous():
+            return result.contiguous(memory_format=layout)
+    return result.contiguous()
+
+
+def _whole_groups_left(count: int, size: int, rows: Sequence[int] | None, where: str) -> int:
+    """Count the groups of a grouped axis that keep any row; those that do must keep equally many."""
+    if rows is None:
+        return count
+    left = np.bincount(np.asarray(rows) // (size // count), minlength=count)
+    left = left[left > 0]
+    if (left != left[0]).any():
+        raise RebuildMismatch(
+            f"the groups of {where} would keep between {left.min()} and {left.max()} channels; they must be equal"
+        )
+    return len(left)
+
+
+def _follow_conv(module: Any, weight: Tensor, rows: Sequence[int] | None, where: str) -> None:
+    old_rows = module.in_channels if module.transposed else module.out_channels
+    module.groups = _whole_groups_left(module.groups, old_rows, rows, where)
+    first, second = weight.shape[0], weight.shape[1] * module.groups
+    module.in_channels, module.out_channels = (first, second) if module.transposed else (second, first)
+
+
+def _follow_linear(module: Any, weight: Tensor, _rows: Sequence[int] | None, _where: str) -> None:
+    module.out_features, module.in_features = weight.shape
+
+
+def _follow_norm(module: Any, weight: Tensor, _rows: Sequence[int] | None, _where: str) -> None:
+    module.num_features = weight.shape[0]
+
+
+def _follow_shape(module: Any, weight: Tensor, _rows: Sequence[int] | None, _where: str) -> None:
+    module.normalized_shape = tuple(weight.shape)
+
+
+def _follow_group_norm(module: Any, weight: Tensor, rows: Sequence[int] | None, where: str) -> None:
+    module.num_groups = _whole_groups_left(module.num_groups, module.num_channels, rows, where)
+    module.num_channels = weight.shape[0]
+
+
+def _follow_prelu(module: Any, weight: Tensor, _rows: Sequence[int] | None, _where: str) -> None:
+    module.num_parameters = weight.numel()
+
+
+_Follower = Callable[[Any, Tensor, Sequence[int] | None, str], None]
+_FOLLOWERS: tuple[tuple[tuple[type[nn.Module], ...], _Follower], ...] = (
+    ((nn.modules.conv._ConvNd,), _follow_conv),
+    ((nn.Linear,), _follow_linear),
+    ((nn.modules.batchnorm._NormBase,), _follow_norm),  # every BatchNorm and InstanceNorm
+    ((nn.LayerNorm, nn.RMSNorm), _follow_shape),
+    ((nn.GroupNorm,), _follow_group_norm),
+    ((nn.PReLU,), _follow_prelu),
+)
+"""Module classes (with their subclasses) → what the shape of their weight says about their attributes."""
+
+_WEIGHTS = (
+    "weight",
+    "weight_orig",  # nn.utils.spectral_norm
+    "parametrizations.weight.original",
+    "parametrizations.weight.original1",  # nn.utils.parametrizations.weight_norm
+    "weight_v",  # nn.utils.weight_norm
+    "running_mean",  # BatchNorm without affine parameters
+)
+"""Where a module keeps the tensor that has its weight's shape, most certain first."""
+
+
+def _replace(model: nn.Module, cuts: Mapping[int, Sequence[Cut]]) -> None:
+    """Put cut tensors in the places of the old ones; a tensor that is registered twice stays one tensor."""
+    new: dict[int, Tensor] = {}
+    old: list[Tensor] = []  # kept alive, so that identities stay unique
+    for module in model.modules():
+        for registry in (module._parameters, module._buffers):
+            for name, tensor in registry.items():
+                if tensor is None or id(tensor) not in cuts:
+                    continue
+                if id(tensor) not in new:
+                    old.append(tensor)
+                    sliced = _sliced(tensor, cuts[id(tensor)])
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    new[id(tensor)] = nn.Parameter(sliced, tensor.requires_grad) if is_parameter else sliced
+                registry[name] = new[id(tensor)]  # type: ignore[assignment]
+
+
+def apply(model: nn.Module, surgery: Surgery) -> nn.Module:
+    """Cut a copy of a model; the original is left unchanged.
+
+    Args:
+        model: The network that the surgery was made for, or one of the same architecture.
+        surgery: Kept indices and new attribute values.
+
+    Returns:
+        A new model of the same module classes, on the same device, trainable, without gradients.
+
+    Raises:
+        RebuildMismatch: The surgery does not fit the model.
+    """
+    result = copy.deepcopy(model)
+    tensors = dict(named_tensors(result))
+    cuts: dict[int, tuple[Cut, ...]] = {}
+    for name, listed in surgery.cuts.items():
+        if name not in tensors:
+            raise RebuildMismatch(f"the model has no tensor {name!r} to cut; the plan was made for another model")
+        if cuts.setdefault(id(tensors[name]), listed) != listed:
+            raise RebuildMismatch(f"{name!r} is shared with another path that is cut differently")
+    rows = {name: cuts[id(tensor)][0] for name, tensor in tensors.items() if id(tensor) in cuts}
+    _replace(result, cuts)
+    after = dict(named_tensors(result))
+    for path, module in result.named_modules():
+        follow = next((row[1] for row in _FOLLOWERS if isinstance(module, row[0])), None)
+        names = [f"{path}.{name}" if path else name for name in _WEIGHTS]
+        weight = next((name for name in names if name in after), None)
+        if follow is not None and weight in rows:
+            first = rows[weight]
+            follow(module, after[weight], first.kept if first.axis == 0 else None, path)  # type: ignore[arg-type]
+    for path, values in surgery.attributes.items():
+        for name, value in values.items():
+            set_sizes(result.get_submodule(path), name, value)
+    return result
+
+
+def _check_training(original: nn.Module, model: nn.Module, example_input: Any, batch_size: int) -> None:
+    """See that the slim network runs in train mode too, in which auxiliary heads run."""
+    try:
+        capture(model, example_input, training=True, batch_size=batch_size)
+    except BadInput as error:
+        graph = capture(original, example_input, training=True, batch_size=batch_size)
+        stuck = divergence(model, example_input, graph, None, {})
+        module = graph.nodes[stuck.index].module if stuck else ""
+        raise CannotFollow(module, stuck.detail if stuck else str(error)) from error
+
+
+def predict(coupling: Coupling, kept: Kept) -> tuple[Predicted | None, Hints]:
+    """Foretell the run of the slim network.
+
+    Args:
+        coupling: What coupling said about the original.
+        kept: Kept steps of every channel group, per fibre.
+
+    Returns:
+        The shape of every value of ``coupling.graph`` (None where the coupling holds no graph), and the amounts of
+        padding over channels that change.
+    """
+    if coupling.graph is None or coupling.sizes is None:
+        return None, {}
+    widths_G = [len(kept[group.name][0]) for group in coupling.groups]
+    shapes = [
+        tuple(size.at(widths_G) for size in coupling.sizes(number)) for number in range(len(coupling.graph.values))
+    ]
+    stays = kept_units(coupling, kept)
+    hints: dict[int, list[tuple[int, int]]] = {}
+    for padding in coupling.paddings:
+        amounts = [(len(units), int(stays[units].sum())) for units in (padding.before, padding.after)]
+        hints.setdefault(padding.node, []).extend(amounts)
+    return shapes, hints
+
+
+def rebuild(model: nn.Module, example_input: Any, coupling: Coupling, kept: Kept) -> Rebuilt:
+    """Make the slim network as a new model; the original is left unchanged.
+
+    Args:
+        model: The original.
+        example_input: What it was captured with.
+        coupling: What coupling said about it. Where it holds no graph, hard-coded sizes are not looked for.
+        kept: Kept steps of every channel group, per fibre.
+
+    Raises:
+        BadInput: `kept` does not fit the channel groups.
+        CannotFollow: A forward hard-codes a size out of reach.
+        RebuildMismatch: A tensor would lose everything, or would become ragged.
+    """
+    surgery = surgery_for(coupling, kept)
+    slim = apply(model, surgery)
+    predicted, hints = predict(coupling, kept)
+    if coupling.graph is not None and predicted is not None:
+        surgery = replace(surgery, attributes=follow(slim, example_input, coupling.graph, predicted, hints))
+        _check_training(model, slim, example_input, coupling.graph.batch_size)
+    return Rebuilt(slim, surgery)

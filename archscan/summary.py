@@ -1,0 +1,198 @@
+"""From results to `Report`, and from there to a saved folder: the one place that knows both."""
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from archscan import __version__, export
+from archscan.bottlenecks import Bottleneck, GroupUse, capacity_bottlenecks, network_keep_ratio
+from archscan.groups import ChannelGroup
+from archscan.planner import Plan
+from archscan.report import model as numbers
+from archscan.report.html import render_html
+from archscan.report.model import Report
+from archscan.slimming import Analysis, SlimResult
+from archscan.widths import WidthRule, allowed_steps
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a report says beyond the result itself.
+
+    Attributes:
+        model: Name of the network.
+        input_shape: Shape of one input, without the batch axis.
+        weights: Where the weights come from.
+        data: What the saliency was scored on.
+        accuracy: Before and after, where it was measured.
+        warnings: Sentences that must not be overlooked, beside the result's own.
+        notes: Sentences to know, beside the result's own.
+        device: Where it ran.
+        command_line: As typed.
+        rule: Which widths were allowed.
+    """
+
+    model: str = "model"
+    input_shape: tuple[int, ...] = ()
+    weights: numbers.Weights | None = None
+    data: numbers.Data | None = None
+    accuracy: numbers.Accuracy | None = None
+    warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    device: str = "cpu"
+    command_line: str = ""
+    rule: WidthRule = WidthRule()
+
+
+def report_of(result: SlimResult, context: Context | None = None) -> Report:
+    """Put together the report of a slimming."""
+    context = context or Context(model=type(result.model).__name__)
+    plan, analysis = result.plan, result.analysis
+    widths = np.array([len(plan.kept[group.name][0]) for group in analysis.coupling.groups])
+    rows = group_rows(analysis, plan)
+    target = numbers.Target(plan.budget.kind, plan.budget.ratio)
+    return Report(
+        archscan=__version__,
+        command="slim",
+        model=context.model,
+        input_shape=context.input_shape or _input_shape(analysis),
+        weights=context.weights,
+        data=context.data,
+        criterion=str(plan.provenance.get("criterion", "")),
+        seed=int(plan.provenance.get("seed", 0)),
+        target=target,
+        before=numbers.CostTotals(plan.before.macs, plan.before.params, plan.before.activations),
+        after=numbers.CostTotals(plan.after.macs, plan.after.params, plan.after.activations),
+        keep_ratio=numbers.KeepRatio(plan.after.macs / plan.before.macs, plan.after.params / plan.before.params),
+        verification=numbers.Verification(
+            result.verification.applicable,
+            result.verification.reason,
+            result.verification.max_abs_error,
+            result.verification.tolerance,
+            result.verification.passed,
+        ),
+        accuracy=context.accuracy,
+        recovery=result.recovery,
+        groups=rows,
+        bottlenecks=_bottlenecks(analysis.coupling.groups, rows, context.rule),
+        modules=_module_rows(analysis, widths),
+        saliency_lost=numbers.SaliencyLost(plan.saliency_lost, plan.saliency_lost_uniform),
+        warnings=(*result.warnings, *context.warnings),
+        notes=(*result.notes, *_uncounted(analysis), *context.notes),
+        seconds=result.seconds,
+        environment=_environment(context.device),
+        command_line=context.command_line,
+    )
+
+
+def report_of_scan(analysis: Analysis, context: Context, seconds: Mapping[str, float]) -> Report:
+    """Put together the report of a scan: costs and groups, nothing planned."""
+    full = analysis.costs.full_widths_G
+    macs, params, activations = (analysis.costs.evaluate(kind, full) for kind in ("macs", "params", "activations"))
+    return Report(
+        archscan=__version__,
+        command="scan",
+        model=context.model,
+        input_shape=context.input_shape or _input_shape(analysis),
+        weights=None,
+        data=None,
+        criterion=None,
+        seed=0,
+        target=None,
+        before=numbers.CostTotals(macs, params, activations),
+        after=None,
+        keep_ratio=None,
+        verification=None,
+        accuracy=None,
+        recovery=None,
+        groups=group_rows(analysis, None),
+        bottlenecks=(),
+        modules=_module_rows(analysis, None),
+        saliency_lost=None,
+        warnings=context.warnings,
+        notes=(*_uncounted(analysis), *context.notes),
+        seconds=seconds,
+        environment=_environment(context.device),
+        command_line=context.command_line,
+    )
+
+
+def save_result(result: SlimResult, report: Report, folder: Path, *, overwrite: bool) -> Path:
+    """Write a result folder with its report; see `export.save`."""
+    steps = (*result.history, export.Step(result.plan, result.surgery))
+    return export.save(
+        folder, result.model, steps, result.recipe, report.to_json(), render_html(report), overwrite=overwrite
+    )
+
+
+def group_rows(analysis: Analysis, plan: Plan | None) -> tuple[numbers.GroupRow, ...]:
+    """List every group with its shares of the dense costs; without a plan everything is kept."""
+    full = analysis.costs.full_widths_G
+    macs, params = (analysis.costs.by_module(kind, full) for kind in ("macs", "params"))
+    totals = max(sum(macs.values()), 1), max(sum(params.values()), 1)
+    rows = []
+    for depth, group in enumerate(analysis.coupling.groups):
+        modules = list(dict.fromkeys(member.module for member in group.members))
+        steps = group.steps if plan is None else len(plan.kept[group.name][0])
+        rows.append(
+            numbers.GroupRow(
+                name=group.name,
+                units=group.channels,
+                kept=steps * group.channels_per_step,
+                frozen=group.frozen is not None,
+                reason=group.frozen or "",
+                members=tuple(modules),
+                macs_share=sum(macs.get(module, 0) for module in modules) / totals[0],
+                params_share=sum(params.get(module, 0) for module in modules) / totals[1],
+                depth=depth,
+            )
+        )
+    return tuple(rows)
+
+
+def _module_rows(analysis: Analysis, widths: np.ndarray | None) -> tuple[numbers.ModuleRow, ...]:
+    costs = analysis.costs
+    macs, params = (costs.by_module(kind, costs.full_widths_G) for kind in ("macs", "params"))
+    after = costs.by_module("macs", widths) if widths is not None else None
+    return tuple(
+        numbers.ModuleRow(
+            path, macs.get(path, 0), params.get(path, 0), None if after is None else after.get(path, 0)
+        )
+        for path in dict.fromkeys([*macs, *params])
+    )
+
+
+def _bottlenecks(
+    groups: Sequence[ChannelGroup], rows: Sequence[numbers.GroupRow], rule: WidthRule
+) -> tuple[Bottleneck, ...]:
+    uses = [
+        GroupUse(
+            row.name,
+            row.units,
+            row.kept,
+            min(allowed_steps(group, rule)) * group.channels_per_step,
+            row.frozen,
+            row.macs_share,
+        )
+        for group, row in zip(groups, rows, strict=True)
+    ]
+    return capacity_bottlenecks(uses, network_keep_ratio(uses))
+
+
+def _uncounted(analysis: Analysis) -> tuple[str, ...]:
+    names = ", ".join(analysis.costs.uncounted)
+    return (f"MACs of these ops are not counted, by fvcore neither: {names}",) if names else ()
+
+
+def _input_shape(analysis: Analysis) -> tuple[int, ...]:
+    graph = analysis.coupling.graph
+    values = graph.values if graph is not None else ()
+    return next((value.shape[1:] for value in values if value.kind == "input"), ())
+
+
+def _environment(device: str) -> numbers.Environment:
+    return numbers.Environment(torch.__version__, device, torch.get_num_threads(), platform.python_version())

@@ -1,0 +1,211 @@
+"""Sizes that a forward hard-codes: they are found, written down, and reported where they are out of reach."""
+
+import json
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import archscan  # noqa: F401 - before anything that may import torchvision
+from archscan.capture import capture
+from archscan.follow import CannotFollow, follow
+from archscan.groups import couple
+from archscan.rebuild import apply, predict, rebuild
+from archscan.surgery import Cut, Surgery, named_tensors
+
+
+class Splits(nn.Module):
+    """A forward that hard-codes a split in two attributes, one of them a list, and the groups of a fixed blur."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1)
+        self.left, self.right = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)
+        self.kernel, self.parts, self.blurred = 3, [3, 5], 8
+        self.register_buffer("blur", torch.ones(8, 1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.conv2d(self.stem(x), self.blur, groups=self.blurred)
+        a, b = torch.split(y, self.parts, 1)
+        return self.head(torch.cat([a.relu(), b], 1)) + self.right(self.left(x))
+
+
+def test_split_sizes_and_groups_follow() -> None:
+    model, x = Splits(), torch.randn(2, 3, 4, 4)
+    graph = capture(model, x)
+    blur = (Cut(0, (1, 2, 3, 4, 7)),)
+    slim = apply(
+        model, Surgery({"stem.weight": blur, "stem.bias": blur, "blur": blur, "head.weight": (Cut(1, blur[0].kept),)})
+    )
+    new_sizes = {8: 5, 3: 2}
+    predicted = [
+        tuple(
+            new_sizes.get(size, size) if axis == 1 and len(value.shape) == 4 else size
+            for axis, size in enumerate(value.shape)
+        )
+        for value in graph.values
+    ]
+    for number, value in enumerate(graph.values):
+        if value.kind == "parameter":
+            predicted[number] = tuple(dict(named_tensors(slim))[value.name].shape)
+        elif value.kind == "buffer":
+            predicted[number] = (5, 1, 1, 1)
+        elif value.kind == "input":
+            predicted[number] = value.shape
+        elif value.shape[1] == 5:
+            predicted[number] = (2, 3, 4, 4)
+    found = follow(slim, x, graph, predicted, {})
+    assert found == {"": {"blurred": 5, "parts": (2, 3)}}
+    assert slim.parts == [2, 3]
+    assert slim.kernel == 3
+    assert slim(x).shape == (2, 2, 4, 4)
+    again = apply(
+        model,
+        Surgery({"stem.weight": blur, "stem.bias": blur, "blur": blur, "head.weight": (Cut(1, blur[0].kept),)}, found),
+    )
+    torch.testing.assert_close(again(x), slim(x))
+
+
+class PaddedShortcut(nn.Module):
+    """The option-A shortcut of a CIFAR ResNet: channels of zeros before and after, equally many at first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.body, self.head = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 8, 3, padding=1), nn.Linear(8, 2)
+        self.pad_before, self.pad_after = 2, 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        shortcut = F.pad(x, (0, 0, 0, 0, self.pad_before, self.pad_after))
+        return self.head((self.body(x) + shortcut).mean((2, 3)))
+
+
+@pytest.mark.parametrize("places", [(0, 2, 3, 5), (1, 2, 6, 7), (0, 1, 2, 4), (3, 4, 6, 7), (2, 3, 4, 5)])
+def test_amounts_of_padding_follow_in_order(places: tuple[int, ...]) -> None:
+    model, x = PaddedShortcut(), torch.randn(2, 3, 5, 5)
+    inner = tuple(place - 2 for place in places if 2 <= place < 6)
+    cuts = {
+        "stem.weight": (Cut(0, inner),),
+        "stem.bias": (Cut(0, inner),),
+        "body.weight": (Cut(0, places), Cut(1, inner)),
+        "body.bias": (Cut(0, places),),
+        "head.weight": (Cut(1, places),),
+    }
+    graph, slim = capture(model, x), apply(model, Surgery(cuts))
+    named = dict(named_tensors(slim))
+    sizes = {4: len(inner), 8: len(places)}
+    predicted = [
+        tuple(named[value.name].shape)
+        if value.kind == "parameter"
+        else (value.shape[0], sizes.get(value.shape[1], value.shape[1]), *value.shape[2:])
+        if len(value.shape) > 1 and value.kind == "activation" and value.shape[1] > 2
+        else value.shape
+        for value in graph.values
+    ]
+    for node in graph.nodes:  # the transposed weight of the linear layer
+        if node.op is torch.ops.aten.t.default:
+            predicted[node.outputs[0]] = (len(places), 2)
+    pad = next(number for number, node in enumerate(graph.nodes) if node.op is torch.ops.aten.constant_pad_nd.default)
+    before, after = sum(place < 2 for place in places), sum(place >= 6 for place in places)
+    follow(slim, x, graph, predicted, {pad: [(2, before), (2, after)]})
+    assert (slim.pad_before, slim.pad_after) == (before, after)
+
+
+class PlainNorms(nn.Module):
+    """A LayerNorm without parameters, whose size only its attribute tells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm, self.head = nn.Linear(3, 6), nn.LayerNorm(6, elementwise_affine=False), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.stem(x)))
+
+
+class Stubborn(nn.Module):
+    """A forward with a number in its code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Conv2d(3, 6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x).reshape(len(x), 6, -1).sum(1)
+
+
+def test_number_in_the_code_is_reported_with_its_module() -> None:
+    model, x = nn.Sequential(nn.Conv2d(3, 3, 1), Stubborn()), torch.randn(2, 3, 4, 4)
+    graph = capture(model, x)
+    half = (Cut(0, (0, 1, 2)),)
+    slim = apply(model, Surgery({"1.inner.weight": half, "1.inner.bias": half}))
+    named = dict(named_tensors(slim))
+    predicted = [
+        tuple(named[value.name].shape)
+        if value.kind == "parameter"
+        else (2, 3, *value.shape[2:])
+        if value.shape[1:2] == (6,)
+        else value.shape
+        for value in graph.values
+    ]
+    with pytest.raises(CannotFollow, match="the forward of 1 cannot run") as caught:
+        follow(slim, x, graph, predicted, {})
+    assert caught.value.module == "1"
+
+
+class Branches(nn.Module):
+    """A Res2Net-like block: one width in an attribute, by which the channels are split between two convolutions."""
+
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        self.stem, self.first, self.second = nn.Conv2d(3, 2 * width, 1), nn.Conv2d(width, 3, 1), nn.Conv2d(width, 3, 1)
+        self.width, self.scale = width, 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = torch.split(self.stem(x), self.width, 1)
+        return self.first(first) + self.second(second)
+
+
+def deep() -> nn.Sequential:
+    return nn.Sequential(*(Branches(width) for width in (3, 4, 4, 5)))
+
+
+@pytest.mark.parametrize("make", [Branches, deep, PaddedShortcut, PlainNorms])
+def test_coupling_foretells_the_run(make: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    model, x = make(), torch.randn((2, 3) if make is PlainNorms else (2, 3, 5, 5))
+    coupling = couple(model, x)
+    kept = {
+        group.name: tuple(
+            tuple(range(group.steps) if group.frozen is not None else range(group.steps - 1)) for _ in group.units
+        )
+        for group in coupling.groups
+    }
+    slim = rebuild(model, x, coupling, kept)
+    predicted, _ = predict(coupling, kept)
+    graph = capture(slim.model, x)
+    assert predicted == [value.shape for value in graph.values]
+    assert slim.surgery.attributes
+    assert Surgery.from_json(json.loads(json.dumps(slim.surgery.to_json())), model) == slim.surgery
+    torch.testing.assert_close(apply(model, slim.surgery)(x), slim.model(x), rtol=0, atol=0)
+
+
+def test_interruption_leaves_no_mode_behind() -> None:
+    class Interrupted(Branches):
+        def forward(self, x: Tensor) -> Tensor:
+            x = super().forward(x)
+            if self.width < 4:
+                raise KeyboardInterrupt
+            return x
+
+    model, x = Interrupted(), torch.randn(2, 3, 4, 4)
+    coupling = couple(model, x)
+    kept = {
+        group.name: tuple(tuple(range(group.steps - (group.frozen is None))) for _ in group.units)
+        for group in coupling.groups
+    }
+    with pytest.raises(KeyboardInterrupt):
+        rebuild(model, x, coupling, kept)
+    assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
+    assert not torch.nn.modules.module._global_forward_pre_hooks
