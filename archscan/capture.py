@@ -125,6 +125,12 @@ def _replace_tensors(argument: Any, refer: Callable[[Tensor], Ref]) -> Any:
     return argument
 
 
+def _plain(node: Node) -> tuple[str, ...]:
+    """Arguments of a node that are no tensors."""
+    leaves = _leaves((*node.args, *node.kwargs.values()))
+    return tuple(repr(leaf) for leaf in leaves if not isinstance(leaf, Ref))
+
+
 @dataclass(frozen=True)
 class Graph:
     """One recorded run.
@@ -144,6 +150,24 @@ class Graph:
     batch_size: int
     training: bool
     module_types: Mapping[str, type]
+
+    def fingerprint(self) -> list[tuple[Any, ...]]:
+        """What couples channels in this run; two runs with equal fingerprints couple the same ones.
+
+        Ops with their places, arguments and wiring, tensors numbered by first use. Left out are ops on scalars alone (the
+        counters of BatchNorm) and whether a BatchNorm takes its statistics from the batch.
+        """
+        numbers: dict[int, Any] = {}
+        lines: list[tuple[Any, ...]] = []
+        for node in self.nodes:
+            read = node.tensors
+            if read and not any(self.values[number].shape for number in read):
+                continue
+            for number in (*read, *(number for number in node.outputs if number is not None)):
+                numbers.setdefault(number, (len(numbers), self.values[number].shape, self.values[number].name))
+            plain = () if node.op in _NORMALISATIONS else _plain(node)
+            lines.append((node.op, node.module, tuple(numbers[number] for number in read), plain))
+        return lines
 
 
 _FORWARD_ERRORS = (RuntimeError, NotImplementedError, AssertionError, ValueError, TypeError, IndexError)

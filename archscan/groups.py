@@ -172,7 +172,9 @@ def couple(model: nn.Module, example_input: Any) -> Coupling:
     record = Record()
     with _paused_garbage_collection():
         walk = Walk(capture(model, example_input), record).run()
-        Walk(capture(model, example_input, training=True), record).run()
+        training = capture(model, example_input, training=True)
+        if training.fingerprint() != walk.graph.fingerprint():
+            Walk(training, record).run()
         return _assemble(record, walk, resolve(record), dict(model.named_parameters()))
 
 
