@@ -12,6 +12,9 @@ from typing import NoReturn
 
 from archscan.errors import BadInput
 from archscan.options import (
+    DEFAULT_CRITERION,
+    REAL_SAMPLES,
+    SYNTHETIC_SAMPLES,
     BudgetOptions,
     DataOptions,
     EvaluateOptions,
@@ -85,7 +88,7 @@ def slim_parser() -> argparse.ArgumentParser:
     _add_data(parser)
     scores = parser.add_argument_group("scores and repair")
     scores.add_argument(
-        "--criterion", default=SlimOptions.criterion, metavar="NAME", help=f"{CRITERIA_HELP} (default: %(default)s)"
+        "--criterion", default=DEFAULT_CRITERION, metavar="NAME", help=f"{CRITERIA_HELP} (default: %(default)s)"
     )
     recover = "repair after slimming: BatchNorm statistics (bn, the default where data are real) or none"
     scores.add_argument("--recover", choices=("none", "bn"), help=recover)
@@ -155,7 +158,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     default = DataOptions()
     source = "a DIR or ZIP of images, one folder per class; digits; or synthetic (default)"
     group.add_argument("--data", default=default.source, metavar="DATA", help=source)
-    samples = "images to score on (default: %(default)s)"
+    samples = f"images to score on (default: {REAL_SAMPLES}, or {SYNTHETIC_SAMPLES} synthetic ones)"
     group.add_argument("--samples", type=_count, default=default.samples, metavar="N", help=samples)
     group.add_argument("--eval-data", metavar="DATA", help="images to measure accuracy on: a DIR, a ZIP, or digits")
     _add_batch_size(group, default.batch_size)

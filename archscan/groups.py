@@ -307,6 +307,8 @@ def _names(members: Mapping[int, Sequence[Member]], count: int) -> list[str]:
         own = members.get(index, ())
         first = next((member for member in own if member.role == "out"), next(iter(own), None))
         name = (first.module or first.tensor) if first is not None else "padding"
+        if first is not None and first.role == "in":
+            name = f"{name}.input"
         taken[name] = taken.get(name, 0) + 1
         names.append(name if taken[name] == 1 else f"{name}#{taken[name]}")
     return names

@@ -10,6 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+DEFAULT_CRITERION = "sosp-h"
+"""What scores channels where nothing else is asked for, from the command line and from Python."""
+
+REAL_SAMPLES, SYNTHETIC_SAMPLES = 256, 32
+"""Calibration images where no number is asked for; more noise says no more."""
+
 ProgressCallback = Callable[[int, int], None]
 """Called with the number of steps done and the number of all steps."""
 
@@ -40,7 +46,7 @@ class DataOptions:
 
     Attributes:
         source: Calibration images: a folder, a zip, ``digits`` or ``synthetic``.
-        samples: How many of them to use.
+        samples: How many of them to use; None for `REAL_SAMPLES`, or `SYNTHETIC_SAMPLES` of noise.
         eval_source: Images for the accuracy before and after; None for no accuracy.
         batch_size: Images per forward pass.
         mean: Per channel, on the scale [0, 1]; None for the network's own.
@@ -48,7 +54,7 @@ class DataOptions:
     """
 
     source: str = "synthetic"
-    samples: int = 256
+    samples: int | None = None
     eval_source: str | None = None
     batch_size: int = 32
     mean: tuple[float, ...] | None = None
@@ -112,7 +118,8 @@ class SlimOptions:
 
     Attributes:
         criterion: A name from the criteria table.
-        recover: ``bn`` recalibrates BatchNorm statistics after slimming; None is ``bn`` where the data are real.
+        recover: ``bn`` recalibrates BatchNorm statistics after slimming; None is ``bn`` where the data are real and the
+            network has BatchNorm.
         command_line: As typed, for the report.
     """
 
@@ -121,7 +128,7 @@ class SlimOptions:
     data: DataOptions = field(default_factory=DataOptions)
     run: RunOptions = field(default_factory=RunOptions)
     output: OutputOptions = field(default_factory=OutputOptions)
-    criterion: str = "sosp-h"
+    criterion: str = DEFAULT_CRITERION
     recover: Literal["none", "bn"] | None = None
     command_line: str = ""
 

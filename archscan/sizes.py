@@ -7,7 +7,6 @@ import numpy as np
 from torch import Tensor
 
 from archscan.coupling import planes
-from archscan.errors import UnsupportedOp
 
 
 @dataclass(frozen=True)
@@ -47,10 +46,9 @@ class Owners:
         """Count the labels of one axis by group.
 
         A group counts where the axis holds every step of a fibre. An axis that holds the same single step of several
-        fibres (the outer axis of an unfolded one) does not change.
-
-        Raises:
-            UnsupportedOp: Part of a fibre lies along the axis, so that its size is not a function of the widths.
+        fibres (the outer axis of an unfolded one) does not change. Nor does, by this count, an axis that holds part of
+        a fibre, as the pieces of an uneven split do: its size is no function of the widths, and where a plan would
+        change it, the rebuilt network's sizes differ from the predicted ones and the group is frozen.
         """
         flat = labels.reshape(-1).numpy()
         group = self.group[flat]
@@ -59,12 +57,10 @@ class Owners:
         for index in np.flatnonzero(counts).tolist():
             steps, mine = int(self.steps[index]), group == index
             held = len(np.unique(self.step[flat[mine]]))
-            if held == 1 and steps > 1:
-                constant += int(counts[index])
-            elif held == steps and counts[index] % steps == 0:
+            if held == steps and counts[index] % steps == 0:
                 per_step[index] = int(counts[index]) // steps
             else:
-                raise UnsupportedOp(f"an axis of {len(flat)} indices holds {held} of the {steps} channels of a group")
+                constant += int(counts[index])
         return Size(constant, per_step)
 
 

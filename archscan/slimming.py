@@ -15,28 +15,33 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map
 
 from archscan import __version__, export
 from archscan.costs import CostModel, cost_model
-from archscan.criteria import CRITERIA, criterion, score
-from archscan.errors import BadInput, RebuildMismatch
+from archscan.criteria import criterion as find_criterion
+from archscan.criteria import score
+from archscan.errors import BadInput, InfeasibleBudget, RebuildMismatch
 from archscan.gates import collect
-from archscan.groups import ChannelGroup, Coupling, couple
+from archscan.groups import Coupling, couple, freeze
 from archscan.losses import LossFn, classification_loss, sampled_label_loss
-from archscan.planner import Budget, Plan, plan, protect
+from archscan.options import DEFAULT_CRITERION, SYNTHETIC_SAMPLES, ProgressFactory
+from archscan.planner import Budget, Plan, plan, protect, uniform_plan
 from archscan.rebuild import CannotFollow, Rebuilt, Surgery, rebuild
+from archscan.recipes import Recipe
+from archscan.recognise import recognise
+from archscan.recount import recount
 from archscan.recover import recalibrate_batchnorm
-from archscan.sources import Recipe
 from archscan.verify import Verification, check_price, prove
+from archscan.weights import check_finite
 from archscan.widths import WidthRule
 
-DEFAULT_CRITERION = "sosp-h"
-SYNTHETIC_BATCHES, SYNTHETIC_BATCH_SIZE = 4, 8
-_REPLANS = 64
+_NO_PASS = frozenset({"weight_norm", "bn_scale"})
+"""Gate statistics that are read off the weights: a criterion that needs no others sees no data."""
 
-Progress = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
-"""Opens a progress bar under a description; its value is called with (done, total)."""
+_NOISE_BATCH_SIZE = 8
+_REPLANS = 64
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from archscan.coupling.walk import Walk, op_name, rule, unite_all
     "logsumexp",
 )
 def reduction(walk: Walk, node: Node) -> Sequence[Planes]:
-    """Keep a label where it is constant over what is reduced; a statistic over channels is noted, for it mixes them."""
+    """Unite what is reduced to one element; a statistic over the channel axis itself is noted, for it mixes channels."""
     shape, out = walk.shape(node.args[0]), walk.out_shape(node)
     position = 2 if op_name(node) == "linalg_vector_norm" else 1
     axes = node.args[position] if len(node.args) > position else node.kwargs.get("dim")
@@ -37,9 +37,12 @@ def reduction(walk: Walk, node: Node) -> Sequence[Planes]:
     )
     results = []
     for plane in walk.of(node.args[0]):
-        if set(planes.varying(plane)) & reduced:
+        over = set(planes.varying(plane)) & reduced
+        if over and over == set(planes.varying(plane)):
             walk.record.mixing[f"{op_name(node)} over channels at {node.where()}"] = None
             continue
+        for axis in over:  # stacked branches, reduced to one: an addition place by place
+            walk.record.unite(plane, plane.narrow(axis, 0, 1))
         for axis in sorted(reduced, reverse=True):
             plane = plane.narrow(axis, 0, 1) if len(out) == len(shape) else plane.select(axis, 0)
         results.append(plane.expand(out))

@@ -9,7 +9,6 @@ Shape suffixes: B calibration batches, N samples, U units.
 
 import numpy as np
 
-from archscan.criteria.taylor import taylor_abs
 from archscan.gates import GateStatistics
 
 _BLOCK_NUMBERS = 2**23
@@ -36,35 +35,6 @@ def sosp_h(statistics: GateStatistics) -> np.ndarray:
         Saliency of shape [U], in units of the loss.
     """
     return np.abs(mean_gradient(statistics)) + 0.5 * np.abs(mean_hessian_ones(statistics))
-
-
-def sosp_i_abs(statistics: GateStatistics) -> np.ndarray:
-    """Estimate saliency as `sosp_i`, with single samples' first-order changes: s_u = E_n|g_nu| + ½ Σ_v |G_uv|.
-
-    Returns:
-        Saliency of shape [U], in units of the loss.
-    """
-    return taylor_abs(statistics) + 0.5 * absolute_row_sums(statistics.require("fisher_gradient"))
-
-
-def sosp_h_abs(statistics: GateStatistics) -> np.ndarray:
-    """Estimate saliency as `sosp_h`, with single samples' first-order changes: s_u = E_n|g_nu| + ½ |E[H·1]_u|.
-
-    Returns:
-        Saliency of shape [U], in units of the loss.
-    """
-    return taylor_abs(statistics) + 0.5 * np.abs(mean_hessian_ones(statistics))
-
-
-def sosp_gn_ones(statistics: GateStatistics) -> np.ndarray:
-    """Estimate saliency as `sosp_h`, with the Gauss–Newton matrix for the Hessian: s_u = |E[g_u]| + ½ |(G·1)_u|.
-
-    Returns:
-        Saliency of shape [U], in units of the loss.
-    """
-    factors_NU = statistics.require("fisher_gradient")
-    product_U = (factors_NU * factors_NU.sum(1, keepdims=True, dtype=np.float64)).mean(0)
-    return np.abs(mean_gradient(statistics)) + 0.5 * np.abs(product_U)
 
 
 # Terms ----------------------------------------------------------------------------------------------------------------

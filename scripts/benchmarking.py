@@ -1,0 +1,125 @@
+"""What the benchmark scripts share: where and with what a number was measured, and how it is written down.
+
+A report is two files of one stem: JSON with every number, and Markdown made from it. `bench_trace.py`, `bench_score.py`
+and `bench_criteria.py`, which lie beside this file, import it.
+"""
+
+import ctypes
+import json
+import os
+import platform
+import resource
+import shlex
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
+"""Keeps glibc from giving memory back between two ops, whose page faults would otherwise be half of what is timed."""
+
+PACKAGES = ("archscan", "torch", "timm", "torchvision", "torch-pruning", "fvcore", "numpy", "scipy")
+
+
+def require_peer() -> None:
+    """Leave with one sentence where Torch-Pruning is not installed."""
+    if find_spec("torch_pruning") is None:
+        raise SystemExit("Torch-Pruning is not installed; run pip install -e '.[bench]'")
+
+
+def restart_with_quiet_memory(threads: int) -> None:
+    """Start this very command anew with a fixed environment, unless it has that environment already.
+
+    Threads and memory allocator read the environment once, when the process starts.
+    """
+    wanted = {**MALLOC, "OMP_NUM_THREADS": str(threads)}
+    if any(os.environ.get(name) != value for name, value in wanted.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **wanted})
+
+
+def provenance(threads: int) -> dict[str, Any]:
+    """Describe command, versions and machine in JSON values."""
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    script, *arguments = sys.argv
+    return {
+        "command": shlex.join(["python", _relative(script), *map(_relative, arguments)]),
+        "versions": versions,
+        "machine": {"cpu": _cpu_model(), "cores": os.cpu_count(), "threads": threads, "system": platform.system()},
+        "environment": {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", *MALLOC)},
+    }
+
+
+def _relative(argument: str) -> str:
+    """Shorten a path below the working directory, so that a report names no folder of the machine it was made on."""
+    path = Path(argument)
+    if path.is_absolute() and path.is_relative_to(Path.cwd()):
+        return path.relative_to(Path.cwd()).as_posix()
+    return argument
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+def peak_rss_mib() -> float:
+    """Return the most memory that this process has had resident, in MiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if platform.system() == "Darwin" else peak / 2**10
+
+
+def growth_mib(run: Callable[[], object]) -> float | None:
+    """Measure by how much the peak resident memory rises above what is resident before a run; Linux only.
+
+    What was freed is given back first, and the kernel is told to forget the old peak. Meant for a process whose
+    allocator is not told to keep freed memory.
+    """
+    status, forget = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        forget.write_text("5", encoding="utf-8")
+    except (OSError, AttributeError):
+        return None
+    before = _status_kib(status.read_text(encoding="utf-8"), "VmRSS")
+    run()
+    return (_status_kib(status.read_text(encoding="utf-8"), "VmHWM") - before) / 2**10
+
+
+def _status_kib(text: str, name: str) -> int:
+    return next(int(line.split()[1]) for line in text.splitlines() if line.startswith(f"{name}:"))
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Write a Markdown table; the first column is text, the others are numbers."""
+    rule = ["---"] + ["---:"] * (len(header) - 1)
+    return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows))
+
+
+def origin(made: Mapping[str, Any]) -> str:
+    """Write command, versions and machine in Markdown."""
+    machine, environment = made["machine"], made["environment"]
+    versions = ", ".join(f"{name} {number}" for name, number in made["versions"].items())
+    variables = " ".join(f"{name}={value}" for name, value in environment.items())
+    return (
+        f"Made by `{made['command']}` with {versions}, on {machine['cpu']} "
+        f"({machine['cores']} cores, {machine['threads']} used; `{variables}`)."
+    )
+
+
+def write(stem: Path, data: Mapping[str, Any], markdown: str) -> None:
+    """Write ``<stem>.json`` and ``<stem>.md``."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    stem.with_name(f"{stem.name}.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    stem.with_name(f"{stem.name}.md").write_text(markdown.rstrip() + "\n", encoding="utf-8")
+    print(f"written: {stem}.json, {stem}.md", file=sys.stderr)
