@@ -254,11 +254,15 @@ def _blocks(record: Record, units: Components) -> list[Block]:
     is_unit[units.of_label[0]] = False
     in_fibres = {component for fibres in units.fibres for row in fibres.rows for component in row}
     first = np.full(len(is_unit), np.iinfo(np.int64).max)
-    place = 0
+    place, start = 0, dict.fromkeys((entry.tensor for entry in record.axes.values()), -1)
     for entry in record.axes.values():
         flat = units.of_label[entry.labels.reshape(-1).numpy()]
-        producing = written[flat[0]] if len(flat) else False
-        ranks = place + np.arange(len(flat)) + (0 if producing and entry.axis == 0 else 2**40)
+        if start[entry.tensor] < 0:
+            start[entry.tensor] = place
+        # What a layer reads comes before what it writes.
+        ranks = (
+            2 * (place + np.arange(len(flat))) + 1 if entry.axis == 0 else np.full(len(flat), 2 * start[entry.tensor])
+        )
         np.minimum.at(first, flat, ranks)
         place += len(flat)
     by_kind: dict[tuple[int, str | None], list[int]] = {}

@@ -144,7 +144,7 @@ def scaling(layers: Sequence[int], repeats: int) -> list[dict[str, Any]]:
 
 def mib(growth: float | None) -> str:
     """Write an amount of memory that may not have been measurable."""
-    return "–" if growth is None else f"{growth:.1f}"
+    return "n/a" if growth is None else f"{growth:.1f}"
 
 
 def markdown(rows: Sequence[Row], scaled: Sequence[dict[str, Any]], made: dict[str, Any], repeats: int) -> str:

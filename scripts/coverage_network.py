@@ -28,7 +28,8 @@ from archscan.groups import Coupling, couple
 from archscan.rebuild import apply
 from archscan.recipes import Recipe, seeded
 from archscan.slimming import SlimResult
-from archscan.verify import output_tensors, randomize
+from archscan.verify import TOLERANCE, output_tensors, randomize
+from coverage_statistics import error_with_same_statistics
 
 TARGET = 0.6
 SIDES = (64, 96, 128, 160, 192, 224, 256, 288, 320, 384)
@@ -167,6 +168,13 @@ def describe_plan(result: SlimResult, target: float) -> Record:
         "kept_width": list(result.notes),
         "seconds": {stage: round(seconds, 3) for stage, seconds in result.seconds.items()},
     }
+
+
+def _same_statistics(model: nn.Module, result: SlimResult, example: Tensor) -> Record:
+    """Prove a network in which statistics mix channels; see `coverage_statistics`."""
+    coupling = result.analysis.coupling
+    error, played, constants = error_with_same_statistics(model, result.surgery, coupling, result.plan.kept, example)
+    return {"error": error, "played_back": played, "constants": constants}
 
 
 def check_price(result: SlimResult, example: Tensor) -> tuple[Record, str]:
@@ -318,6 +326,10 @@ def examine(network: str, report: Report) -> Record:
             result, target = slim_by(model, example, criterion)
             record["plans"][criterion] = plan = describe_plan(result, target)
             record["frozen"] = frozen_channels(model, result.analysis.coupling)
+            if result.analysis.coupling.mixing:
+                plan["same_statistics"] = same = _same_statistics(model, result, example)
+                if same["error"] > TOLERANCE[torch.float64]:
+                    problems.add(f"same statistics, {criterion}", f"the outputs differ by {same['error']:.3g}")
             if not target - 0.02 <= plan["ratio"] <= target:
                 problems.add("target", f"the plan keeps {plan['ratio']:.3f} of the MACs where {target} was asked for")
     if result is None:

@@ -52,7 +52,8 @@ def test_slim_network_is_the_masked_original(case, seed):
     assert actual.shape == expected.shape
     if not case.mixing:
         torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
-        if removed_units(coupling, kept):
+        read = {int(unit) for consumer in coupling.consumers for unit in consumer.units}
+        if removed_units(coupling, kept) & read:
             assert not torch.allclose(model(x), expected, rtol=1e-4)
 
 

@@ -1,22 +1,139 @@
-"""From results to `Report`, and from there to a saved folder: the one place that knows both."""
+"""What came of a slimming, and the reports on it: `SlimResult` → `Report` → a saved folder.
+
+The frozen data that `slimming` returns, and the one place that knows both them and the numbers that are printed. The
+decision that is not obvious: what only the command line knows (names, files, accuracy) comes as a `Context`, so that a
+result from Python gives the same report with those parts left out.
+"""
 
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import nn
 
 from archscan import __version__, export
 from archscan.bottlenecks import Bottleneck, GroupUse, capacity_bottlenecks, network_keep_ratio
-from archscan.groups import ChannelGroup
+from archscan.costs import CostModel
+from archscan.errors import BadInput
+from archscan.groups import ChannelGroup, Coupling
 from archscan.planner import Plan
+from archscan.recipes import Recipe
 from archscan.report import model as numbers
 from archscan.report.html import render_html
 from archscan.report.model import Report
-from archscan.slimming import Analysis, SlimResult
+from archscan.surgery import Surgery
+from archscan.verify import Verification
 from archscan.widths import WidthRule, allowed_steps
+
+RECOVERIES = ("none", "bn")
+
+
+@dataclass(frozen=True)
+class SlimSettings:
+    """How to slim, beyond the budget, the data and the criterion.
+
+    Attributes:
+        rule: Which widths are allowed.
+        protect: Shell patterns of layers that keep their width.
+        recover: ``bn`` re-estimates BatchNorm statistics on the calibration batches after slimming.
+        seed: Of everything random.
+    """
+
+    rule: WidthRule = field(default_factory=WidthRule)
+    protect: tuple[str, ...] = ()
+    recover: Literal["none", "bn"] = "none"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.protect, str):
+            raise BadInput(f"protect is the text {self.protect!r}; pass a tuple of patterns: ({self.protect!r},)")
+        if self.recover not in RECOVERIES:
+            raise BadInput(f"recover is {self.recover!r}; it must be {' or '.join(map(repr, RECOVERIES))}")
+        if type(self.seed) is not int or not 0 <= self.seed < 2**63:
+            raise BadInput(f"the seed is {self.seed!r}; it must be a whole number from 0 on")
+
+
+@dataclass(frozen=True, eq=False)
+class Analysis:
+    """What is known of a network before anything is planned.
+
+    Attributes:
+        coupling: Channel groups, places of gates, sizes.
+        costs: MACs, parameters and activations as functions of the groups' widths.
+    """
+
+    coupling: Coupling
+    costs: CostModel
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What the saliency was measured on.
+
+    Attributes:
+        samples: How many calibration samples.
+        synthetic: Whether they were noise.
+        labels: ``dataset``, or ``model`` where drawn from the model's own predictions (the true Fisher).
+    """
+
+    samples: int
+    synthetic: bool
+    labels: Literal["dataset", "model"]
+
+
+@dataclass(frozen=True, eq=False)
+class SlimResult:
+    """A slim network, how it came about, and the proof.
+
+    Attributes:
+        model: The slim network: an ordinary, trainable module of the original's class. It is in eval mode, whatever the
+            original was in, as `archscan.load` gives it; call ``model.train()`` to fine-tune it.
+        plan: What was kept, and the predicted costs.
+        surgery: What was cut, enough to repeat it on a fresh original.
+        analysis: Coupling and costs of the original.
+        saliency_U: Saliency of each unit.
+        scored: What the saliency was measured on; None where the criterion reads weights only.
+        verification: The comparison with the masked original, before any repair.
+        recovery: What was repaired, as a clause; None where nothing was.
+        rule: Which widths were allowed.
+        notes: What a user has to know, a sentence each.
+        warnings: What a user must not overlook, a sentence each.
+        seconds: Time of each stage, measured.
+        recipe: How to build the original's architecture; None where only its user can.
+        history: Earlier slimmings of the same network.
+    """
+
+    model: nn.Module
+    plan: Plan
+    surgery: Surgery
+    analysis: Analysis
+    saliency_U: np.ndarray
+    scored: Scored | None
+    verification: Verification
+    recovery: str | None
+    rule: WidthRule
+    notes: tuple[str, ...]
+    warnings: tuple[str, ...]
+    seconds: Mapping[str, float]
+    recipe: Recipe | None = None
+    history: tuple[export.Step, ...] = ()
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The numbers of this run, as ``summary.json`` has them."""
+        return report_of(self).to_json()
+
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
+        """Write ``plan.json``, ``model.safetensors``, ``summary.json`` and ``report.html``; return the folder.
+
+        Raises:
+            BadInput: The folder exists and is not to be overwritten, or cannot be written.
+        """
+        return save_result(self, report_of(self), Path(folder), overwrite=overwrite)
 
 
 @dataclass(frozen=True)
@@ -33,7 +150,6 @@ class Context:
         notes: Sentences to know, beside the result's own.
         device: Where it ran.
         command_line: As typed.
-        rule: Which widths were allowed.
     """
 
     model: str = "model"
@@ -45,12 +161,11 @@ class Context:
     notes: tuple[str, ...] = ()
     device: str = "cpu"
     command_line: str = ""
-    rule: WidthRule = WidthRule()
 
 
 def report_of(result: SlimResult, context: Context | None = None) -> Report:
     """Put together the report of a slimming."""
-    context = context or Context(model=type(result.model).__name__)
+    context = context or _context_of(result)
     plan, analysis = result.plan, result.analysis
     widths = np.array([len(plan.kept[group.name][0]) for group in analysis.coupling.groups])
     rows = group_rows(analysis, plan)
@@ -78,7 +193,7 @@ def report_of(result: SlimResult, context: Context | None = None) -> Report:
         accuracy=context.accuracy,
         recovery=result.recovery,
         groups=rows,
-        bottlenecks=_bottlenecks(analysis.coupling.groups, rows, context.rule),
+        bottlenecks=_bottlenecks(analysis.coupling.groups, rows, result.rule),
         modules=_module_rows(analysis, widths),
         saliency_lost=numbers.SaliencyLost(plan.saliency_lost, plan.saliency_lost_uniform),
         warnings=(*result.warnings, *context.warnings),
@@ -87,6 +202,15 @@ def report_of(result: SlimResult, context: Context | None = None) -> Report:
         environment=_environment(context.device),
         command_line=context.command_line,
     )
+
+
+def _context_of(result: SlimResult) -> Context:
+    """Say what is known of a model that was passed from Python."""
+    name = result.recipe.name if result.recipe else type(result.model).__name__
+    scored = result.scored
+    data = scored and numbers.Data("synthetic" if scored.synthetic else "given", scored.samples, 0, scored.labels)
+    device = next((tensor.device.type for tensor in result.model.parameters()), "cpu")
+    return Context(model=name, weights=numbers.Weights("given"), data=data, device=device)
 
 
 def report_of_scan(analysis: Analysis, context: Context, seconds: Mapping[str, float]) -> Report:

@@ -1,0 +1,400 @@
+"""Measure the accuracy that each criterion leaves a CIFAR ResNet, beside Torch-Pruning, on real weights and images.
+
+Every network is slimmed to the same MACs from the same calibration images, then evaluated as it is and with BatchNorm
+recalibrated. Nothing is fine-tuned. Writes ``reports/criteria-resnet56.json`` and ``.md``; each point goes to a cache
+as soon as it is measured, and ``--resume`` takes it from there.
+
+python scripts/bench_criteria.py
+python scripts/bench_criteria.py --seeds 0,1,2 --resume
+python scripts/bench_criteria.py --criteria obd,sosp-h --peers "" --ratios 0.5 --eval-samples 1000
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from benchmarking import origin, provenance, require_peer, restart_with_quiet_memory, table, write
+from rich.console import Console
+
+import archscan  # before timm, which brings torchvision
+
+from torch import nn  # isort: skip
+
+from archscan.criteria import CRITERIA, criterion  # isort: skip
+from archscan.data import ImageSet, calibration_images, evaluation_images  # isort: skip
+from archscan.errors import ArchscanError  # isort: skip
+from archscan.evaluation import top_one  # isort: skip
+from archscan.pipeline import Batches  # isort: skip
+from archscan.recover import recalibrate_batchnorm  # isort: skip
+from archscan.report.progress import progress_on  # isort: skip
+from archscan.slimming import DEFAULT_CRITERION, SlimSettings, fvcore_macs, slim  # isort: skip
+from archscan.sources import Subject, open_subject  # isort: skip
+from archscan.widths import WidthRule  # isort: skip
+
+PEERS = tuple(
+    f"{importance}/{shortcuts}/{schedule}"
+    for importance in ("taylor", "l2")
+    for shortcuts in ("as-is", "kept", "conv")
+    for schedule in ("one-shot", "iterative")
+)
+RATIOS = (0.8, 0.6, 0.5)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all points of one report share; a cached point of another setting is not used."""
+
+    model: str
+    scored: int
+    recalibrated: int
+    evaluated: int
+    batch_size: int
+    round_to: int | None
+
+
+@dataclass(frozen=True)
+class Point:
+    """One network that was slimmed and evaluated.
+
+    Attributes:
+        side: ``archscan`` or ``torch-pruning``.
+        method: A criterion, or importance/shortcuts/schedule of the peer.
+        ratio: Of MACs that may be kept.
+        seed: Of the calibration images.
+        macs: What was kept, as a fraction, counted by fvcore; None where it failed.
+        raw: Accuracy as slimmed, in [0, 1].
+        recalibrated: Accuracy with BatchNorm recalibrated.
+        seconds: To slim, without evaluation; shared evenly by the ratios that came out of one run.
+        failure: Why there is no network.
+    """
+
+    side: str
+    method: str
+    ratio: float
+    seed: int
+    macs: float | None = None
+    raw: float | None = None
+    recalibrated: float | None = None
+    seconds: float | None = None
+    failure: str | None = None
+
+    @property
+    def key(self) -> tuple[str, str, float, int]:
+        """What names a point."""
+        return self.side, self.method, self.ratio, self.seed
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What is needed to measure points for one seed."""
+
+    subject: Subject
+    scored: list[Any]
+    recalibration: Batches
+    evaluation: Batches
+    dense_macs: int
+    setting: Setting
+    seed: int
+
+    def finish(self, model: nn.Module, side: str, method: str, ratio: float, seconds: float) -> Point:
+        """Evaluate a slim network, as it is and recalibrated."""
+        macs = fvcore_macs(model, self.subject.example_input)
+        raw = top_one(model, self.evaluation).accuracy
+        repaired = recalibrate_batchnorm(model, self.recalibration).model
+        recalibrated = top_one(repaired, self.evaluation).accuracy
+        kept = None if macs is None else macs / self.dense_macs
+        return Point(side, method, ratio, self.seed, kept, raw, recalibrated, seconds)
+
+
+def of_criterion(bench: Bench, name: str, ratios: Sequence[float]) -> Iterator[Point]:
+    """Slim with archscan by one criterion to each ratio."""
+    settings = SlimSettings(WidthRule(bench.setting.round_to), recover="none", seed=bench.seed)
+    for ratio in ratios:
+        start = time.perf_counter()
+        try:
+            example = bench.subject.example_input
+            result = slim(
+                bench.subject.model, example, target_flops=ratio, data=bench.scored, criterion=name, settings=settings
+            )
+        except ArchscanError as error:
+            yield Point("archscan", name, ratio, bench.seed, failure=str(error))
+            continue
+        yield bench.finish(result.model, "archscan", name, ratio, time.perf_counter() - start)
+
+
+def of_peer(bench: Bench, text: str, ratios: Sequence[float]) -> Iterator[Point]:
+    """Slim with Torch-Pruning in one way to each ratio."""
+    from torch_pruning_peer import CRASHES, parse_peer, pruned
+
+    start, left = time.perf_counter(), sorted(ratios, reverse=True)
+    try:
+        found = list(pruned(parse_peer(text), bench.subject.model, bench.subject.example_input, bench.scored, left))
+    except CRASHES as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        for ratio in left:
+            yield Point("torch-pruning", text, ratio, bench.seed, failure=reason)
+        return
+    seconds = (time.perf_counter() - start) / len(left)
+    for ratio, model in found:
+        yield bench.finish(model, "torch-pruning", text, ratio, seconds)
+
+
+class Cache:
+    """Points in a file of JSON lines, each written with its setting."""
+
+    def __init__(self, path: Path, setting: Setting, resume: bool) -> None:
+        self.path, self.setting = path, asdict(setting)
+        self.points: dict[tuple[str, str, float, int], Point] = {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not resume:
+            path.unlink(missing_ok=True)
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+            entry = json.loads(line)
+            if entry.pop("setting") == self.setting:
+                self.put(Point(**entry), save=False)
+
+    def put(self, point: Point, save: bool = True) -> None:
+        """Remember a point."""
+        self.points[point.key] = point
+        if save:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({**asdict(point), "setting": self.setting}) + "\n")
+
+
+# Report ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A method at one ratio, over seeds: mean, least and largest."""
+
+    side: str
+    method: str
+    ratio: float
+    macs: float
+    raw: tuple[float, float, float]
+    recalibrated: tuple[float, float, float]
+    seeds: int
+
+
+def summarised(points: Iterable[Point]) -> list[Summary]:
+    """Take the mean over seeds, leaving out what failed."""
+    together: dict[tuple[str, str, float], list[Point]] = defaultdict(list)
+    for point in points:
+        if point.recalibrated is not None:
+            together[point.side, point.method, point.ratio].append(point)
+
+    def spread(values: Iterable[float | None]) -> tuple[float, float, float]:
+        known = [value for value in values if value is not None]
+        return fmean(known), min(known), max(known)
+
+    return [
+        Summary(
+            *key,
+            spread(point.macs for point in found)[0],
+            spread(point.raw for point in found),
+            spread(point.recalibrated for point in found),
+            len(found),
+        )
+        for key, found in together.items()
+    ]
+
+
+def _percent(value: tuple[float, float, float], seeds: int) -> str:
+    mean, least, most = (100 * number for number in value)
+    return f"{mean:.1f}" if seeds == 1 else f"{mean:.1f} ({least:.1f}–{most:.1f})"  # noqa: RUF001
+
+
+def tables(summaries: Sequence[Summary], points: Sequence[Point], ratios: Sequence[float]) -> str:
+    """Write one table: a row per method, for each ratio the kept MACs and both accuracies; the best come first."""
+    by_key = {(entry.side, entry.method, entry.ratio): entry for entry in summaries}
+    methods = list(dict.fromkeys((point.side, point.method) for point in points))
+    lowest = min(ratios)
+
+    def order(method: tuple[str, str]) -> float:
+        found = by_key.get((*method, lowest))
+        return -found.recalibrated[0] if found else 1.0
+
+    rows = []
+    for method in sorted(methods, key=order):
+        cells = []
+        for ratio in ratios:
+            entry = by_key.get((*method, ratio))
+            cells += ["failed", "", ""] if entry is None else [
+                f"{entry.macs:.3f}", _percent(entry.raw, entry.seeds), _percent(entry.recalibrated, entry.seeds)
+            ]  # fmt: skip
+        rows.append(("Torch-Pruning " if method[0] == "torch-pruning" else "") + method[1])
+        rows[-1] = [rows[-1], *cells]  # type: ignore[call-overload]
+    header = ["method"] + [text for ratio in ratios for text in (f"MACs at {ratio:g}", "raw", "recalibrated")]
+    return table(header, rows)
+
+
+def verdict(summaries: Sequence[Summary], ratios: Sequence[float], evaluated: int) -> str:
+    """Say in words what the numbers say, and how sure they are."""
+    sentences = []
+    for ratio in ratios:
+        here = [entry for entry in summaries if entry.ratio == ratio]
+        sides = {side: [entry for entry in here if entry.side == side] for side in ("archscan", "torch-pruning")}
+        best = {side: max(found, key=lambda entry: entry.recalibrated[0]) for side, found in sides.items() if found}
+        said = []
+        for side, entry in best.items():
+            said.append(f"{side}'s best is {entry.method} with {100 * entry.recalibrated[0]:.1f} %")
+        text = f"At {ratio:g} of the MACs, recalibrated, " + " and ".join(said)
+        default = next((entry for entry in sides["archscan"] if entry.method == DEFAULT_CRITERION), None)
+        if default is not None and "archscan" in best:
+            place = 1 + sum(entry.recalibrated[0] > default.recalibrated[0] for entry in sides["archscan"])
+            text += (
+                f"; the default criterion, {DEFAULT_CRITERION}, has {100 * default.recalibrated[0]:.1f} %, "
+                f"place {place} of {len(sides['archscan'])} criteria"
+            )
+        if len(best) == 2:
+            ours, theirs = best["archscan"].recalibrated[0], best["torch-pruning"].recalibrated[0]
+            error = math.sqrt((ours * (1 - ours) + theirs * (1 - theirs)) / evaluated)
+            sure = "more" if abs(ours - theirs) > 2 * error else "less"
+            text += (
+                f". The two bests differ by {100 * (ours - theirs):+.1f} points, which is {sure} than twice the "
+                f"standard error of the difference ({100 * error:.1f} points, as if of independent images)"
+            )
+        sentences.append(text + ".")
+    return " ".join(sentences)
+
+
+def markdown(
+    points: Sequence[Point], ratios: Sequence[float], setting: Setting, dense: float, made: dict[str, Any]
+) -> str:
+    """Write the report."""
+    summaries = summarised(points)
+    seeds = sorted({point.seed for point in points})
+    rounding = "its default rounding" if setting.round_to is None else f"widths in multiples of {setting.round_to}"
+    failures = [
+        f"- {point.side} {point.method} at {point.ratio:g}: {point.failure}" for point in points if point.failure
+    ]
+    parts = [
+        f"# Criteria on {setting.model}",
+        f"Top-1 accuracy in percent on {setting.evaluated:,} images that took no part in training or calibration; the "
+        f"dense network has {100 * dense:.1f}. Every method scores on the same {setting.scored} calibration images and "
+        f"is then evaluated as it is (raw) and with BatchNorm statistics estimated anew on {setting.recalibrated:,} "
+        "training images (recalibrated); nothing is fine-tuned. MACs are counted by fvcore on the slim network, as a "
+        f"fraction of the dense one's. Seeds of the calibration images: {', '.join(map(str, seeds))}"
+        + ("; the mean, with the least and the largest in brackets." if len(seeds) > 1 else "."),
+        f"archscan scores once and plans with {rounding}. Torch-Pruning is used through its documented `BasePruner` with "
+        "`global_pruning`, single channels and the classifier ignored: `taylor` is its `GroupTaylorImportance` on "
+        "gradients of the loss over all calibration images in eval mode, `l2` its `GroupMagnitudeImportance(p=2)`. "
+        "`one-shot` takes one step, its pruning ratio bisected to the largest network that is not above the target; "
+        "`iterative` takes steps of 1/400 of the channels with fresh scores (and fresh gradients with every 2.5 % of the "
+        "MACs) until the target is met. Its index mapping takes a shortcut that pads channels for an identity, so that "
+        "it is run in three ways: `as-is`; `kept`, with the first convolution and every block's second one ignored, so "
+        "that only widths inside blocks change; `conv`, with those shortcuts written as 1 x 1 convolutions that compute "
+        "the same, whose MACs are counted too.",
+        origin(made),
+        tables(summaries, points, ratios),
+        verdict(summaries, ratios, setting.evaluated),
+    ]
+    if failures:
+        parts += ["What failed:", "\n".join(failures)]
+    return "\n\n".join(parts)
+
+
+# Run ------------------------------------------------------------------------------------------------------------------
+
+
+def options_of() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def names(text: str) -> list[str]:
+        return [name for name in text.split(",") if name]
+
+    default_data = Path(os.environ.get("ARCHSCAN_DATA", "../shared/data"))
+    parser.add_argument("--model", default="resnet56_cifar", help="weights: <model without _cifar>_cifar10.safetensors")
+    parser.add_argument("--data", type=Path, default=default_data, help="folder of weights and images")
+    parser.add_argument("--criteria", type=names, default=list(CRITERIA), help="archscan's, by comma (default: all)")
+    parser.add_argument("--peers", type=names, default=list(PEERS), help="importance/shortcuts/schedule, by comma")
+    parser.add_argument("--ratios", type=lambda text: [float(part) for part in names(text)], default=list(RATIOS))
+    parser.add_argument("--seeds", type=lambda text: [int(part) for part in names(text)], default=[0])
+    parser.add_argument("--samples", type=int, default=512, help="images to score on")
+    parser.add_argument("--recalibration-samples", type=int, default=2048)
+    parser.add_argument("--eval-samples", type=int, default=None, help="default: all")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--round-to", type=int, default=None, help="of archscan's widths (default: its own)")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--resume", action="store_true", help="take what was measured from the cache")
+    parser.add_argument("--output", type=Path, default=Path("reports/criteria-resnet56"), help="stem of the files")
+    return parser.parse_args()
+
+
+def images(options: argparse.Namespace, subject: Subject, seed: int) -> tuple[ImageSet, list[Any]]:
+    """Read the images to recalibrate on, and the batches to score on, which are the first of them."""
+    wanted = max(options.samples, options.recalibration_samples)
+    source = options.data / "cifar10-train.zip"
+    found = calibration_images(source, subject.preprocessing, samples=wanted, batch_size=options.batch_size, seed=seed)
+    return found, list(Batches(found))[: -(-options.samples // options.batch_size)]
+
+
+def main() -> None:
+    """Measure and write the report."""
+    options = options_of()
+    for name in options.criteria:
+        criterion(name)
+    if options.peers:
+        require_peer()
+        from torch_pruning_peer import parse_peer
+
+        for text in options.peers:
+            parse_peer(text)
+    if options.samples % options.batch_size:
+        raise SystemExit("--samples must be a multiple of --batch-size, so that all batches are of one size")
+    restart_with_quiet_memory(options.threads)
+    warnings.simplefilter("ignore")  # the peer's
+    console = Console(stderr=True)
+    weights = options.data / f"{options.model.removesuffix('_cifar')}_cifar10.safetensors"
+    subject = open_subject(f"reference:{options.model}", weights=str(weights))
+    evaluated = evaluation_images(
+        options.data / "cifar10-val.zip", subject.preprocessing, samples=options.eval_samples, batch_size=125
+    )
+    setting = Setting(
+        options.model,
+        options.samples,
+        options.recalibration_samples,
+        len(evaluated),
+        options.batch_size,
+        options.round_to,
+    )
+    cache = Cache(options.output / "cache.jsonl", setting, options.resume)
+    dense = top_one(subject.model, Batches(evaluated)).accuracy
+    macs = fvcore_macs(subject.model, subject.example_input)
+    assert macs is not None
+    ratios = sorted(set(options.ratios), reverse=True)
+    jobs = [(seed, "archscan", name) for seed in options.seeds for name in options.criteria]
+    jobs += [(seed, "torch-pruning", text) for seed in options.seeds for text in options.peers]
+    with progress_on(console)("Slimming and evaluating") as step:
+        for number, (seed, side, method) in enumerate(sorted(jobs, key=lambda job: job[0])):
+            step(number, len(jobs))
+            left = [ratio for ratio in ratios if (side, method, ratio, seed) not in cache.points]
+            if not left:
+                continue
+            recalibration, scored = images(options, subject, seed)
+            bench = Bench(subject, scored, Batches(recalibration), Batches(evaluated), macs, setting, seed)
+            for point in (of_criterion if side == "archscan" else of_peer)(bench, method, left):
+                cache.put(point)
+                console.print(json.dumps(asdict(point)), soft_wrap=True, highlight=False)
+    wanted = {(side, method, ratio, seed) for seed, side, method in jobs for ratio in ratios}
+    points = [point for key, point in cache.points.items() if key in wanted]
+    made = provenance(options.threads)
+    data = {**made, "archscan_version": archscan.__version__, "setting": asdict(setting), "dense_accuracy": dense}
+    data |= {"dense_macs": macs, "points": [asdict(point) for point in points]}
+    write(options.output, data, markdown(points, ratios, setting, dense, made))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
