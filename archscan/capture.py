@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from archscan.errors import BadInput
+from archscan.meta_shapes import NORMALISATIONS, OUTPUTS
 
 Kind = Literal["parameter", "buffer", "input", "activation", "constant"]
 
@@ -154,7 +155,7 @@ class Graph:
     def fingerprint(self) -> list[tuple[Any, ...]]:
         """What couples channels in this run; two runs with equal fingerprints couple the same ones.
 
-        Ops with their places, arguments and wiring, tensors numbered by first use. Left out are ops on scalars alone (the
+        Ops with their places, arguments and wiring, tensors numbered by first use. Left out are ops on scalars (the
         counters of BatchNorm) and whether a BatchNorm takes its statistics from the batch.
         """
         numbers: dict[int, Any] = {}
@@ -165,7 +166,7 @@ class Graph:
                 continue
             for number in (*read, *(number for number in node.outputs if number is not None)):
                 numbers.setdefault(number, (len(numbers), self.values[number].shape, self.values[number].name))
-            plain = () if node.op in _NORMALISATIONS else _plain(node)
+            plain = () if node.op in NORMALISATIONS else _plain(node)
             lines.append((node.op, node.module, tuple(numbers[number] for number in read), plain))
         return lines
 
@@ -214,22 +215,6 @@ class ContractionMode(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _batch_norm_shapes(data: Tensor, *_args: Any) -> tuple[Tensor, ...]:
-    return torch.empty_like(data), data.new_empty(data.shape[1]), data.new_empty(data.shape[1])
-
-
-def _layer_norm_shapes(data: Tensor, normalized_shape: Sequence[int], *_args: Any) -> tuple[Tensor, ...]:
-    rows = [*data.shape[: data.ndim - len(normalized_shape)], *[1] * len(normalized_shape)]
-    return torch.empty_like(data, memory_format=torch.contiguous_format), data.new_empty(rows), data.new_empty(rows)
-
-
-_NORMALISATIONS: Mapping[Any, Callable[..., tuple[Tensor, ...]]] = {
-    torch.ops.aten.native_batch_norm.default: _batch_norm_shapes,
-    torch.ops.aten.native_layer_norm.default: _layer_norm_shapes,
-}
-"""Sizes of outputs on meta, where torch derives them through a Python decomposition that costs ten times all the rest."""
-
-
 class _Recorder(TorchDispatchMode):
     """Append a `Node` for every ATen op; tensors are numbered by identity, and kept alive so that it stays unique."""
 
@@ -264,9 +249,7 @@ class _Recorder(TorchDispatchMode):
 
         recorded_args = tuple(_replace_tensors(arg, refer) for arg in args)
         recorded_kwargs = {key: _replace_tensors(value, refer) for key, value in kwargs.items()}
-        shapes = _NORMALISATIONS.get(func)
-        on_meta = shapes is not None and args[0].device.type == "meta"
-        result = shapes(*args) if on_meta and shapes is not None else func(*args, **kwargs)
+        result = self._outputs(func, args, kwargs)
         per_sample = any(self.values[ref].per_sample for ref in refs)
         outputs = tuple(
             self.number(leaf, "activation", per_sample) if isinstance(leaf, Tensor) else None
@@ -286,6 +269,12 @@ class _Recorder(TorchDispatchMode):
             )
         )
         return result
+
+    def _outputs(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        make = OUTPUTS.get(func)
+        plain = make is not None and isinstance(args[0], Tensor) and args[0].device.type == "meta"
+        made = make(*args, **kwargs) if make is not None and plain else None
+        return func(*args, **kwargs) if made is None else made
 
     def _mark_per_sample(self, outputs: Sequence[int | None]) -> None:
         """A buffer that a sample was written into depends on the sample from then on."""

@@ -265,11 +265,16 @@ def _blocks(record: Record, units: Components) -> list[Block]:
         )
         np.minimum.at(first, flat, ranks)
         place += len(flat)
-    by_kind: dict[tuple[int, str | None], list[int]] = {}
-    for component in sorted(np.flatnonzero(is_unit).tolist(), key=lambda component: int(first[component])):
-        if component not in in_fibres:
-            by_kind.setdefault((int(units.signature[component]), units.reason.get(component)), []).append(component)
-    blocks: list[Block] = [((tuple(members),), reason) for (_, reason), members in by_kind.items()]
+    members = np.array([c for c in np.flatnonzero(is_unit).tolist() if c not in in_fibres], dtype=np.int64)
+    members = members[np.argsort(first[members], kind="stable")]
+    reasons = {reason: number for number, reason in enumerate(dict.fromkeys(units.reason.values()), start=1)}
+    why = np.zeros(len(first), dtype=np.uint64)
+    for component, reason in units.reason.items():
+        why[component] = reasons[reason]
+    kind = units.signature[members] * np.uint64(2 * len(reasons) + 3) + why[members]
+    _, inverse, counts = np.unique(kind, return_inverse=True, return_counts=True)
+    parts = np.split(members[np.argsort(inverse, kind="stable")], np.cumsum(counts)[:-1]) if len(members) else []
+    blocks: list[Block] = [((tuple(part.tolist()),), units.reason.get(int(part[0]))) for part in parts]
     blocks.extend((fibres.rows, None) for fibres in units.fibres)
     return sorted(blocks, key=lambda block: int(first[block[0][0][0]]))
 

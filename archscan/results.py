@@ -76,13 +76,11 @@ class Scored:
 
     Attributes:
         samples: How many calibration samples.
-        synthetic: Whether they were noise.
-        labels: ``dataset``, or ``model`` where drawn from the model's own predictions (the true Fisher).
+        synthetic: Whether they were noise, with labels drawn from the model's own predictions.
     """
 
     samples: int
     synthetic: bool
-    labels: Literal["dataset", "model"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,7 +206,8 @@ def _context_of(result: SlimResult) -> Context:
     """Say what is known of a model that was passed from Python."""
     name = result.recipe.name if result.recipe else type(result.model).__name__
     scored = result.scored
-    data = scored and numbers.Data("synthetic" if scored.synthetic else "given", scored.samples, 0, scored.labels)
+    kind, labels = ("synthetic", "model") if scored and scored.synthetic else ("given", "dataset")
+    data = None if scored is None else numbers.Data(kind, scored.samples, 0, labels)
     device = next((tensor.device.type for tensor in result.model.parameters()), "cpu")
     return Context(model=name, weights=numbers.Weights("given"), data=data, device=device)
 
@@ -283,9 +282,7 @@ def _module_rows(analysis: Analysis, widths: np.ndarray | None) -> tuple[numbers
     macs, params = (costs.by_module(kind, costs.full_widths_G) for kind in ("macs", "params"))
     after = costs.by_module("macs", widths) if widths is not None else None
     return tuple(
-        numbers.ModuleRow(
-            path, macs.get(path, 0), params.get(path, 0), None if after is None else after.get(path, 0)
-        )
+        numbers.ModuleRow(path, macs.get(path, 0), params.get(path, 0), None if after is None else after.get(path, 0))
         for path in dict.fromkeys([*macs, *params])
     )
 

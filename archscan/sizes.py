@@ -56,7 +56,9 @@ class Owners:
         constant, per_step = int((group < 0).sum()), {}
         for index in np.flatnonzero(counts).tolist():
             steps, mine = int(self.steps[index]), group == index
-            held = len(np.unique(self.step[flat[mine]]))
+            present = np.zeros(steps, dtype=bool)
+            present[self.step[flat[mine]]] = True
+            held = int(present.sum())
             if held == steps and counts[index] % steps == 0:
                 per_step[index] = int(counts[index]) // steps
             else:

@@ -6,11 +6,10 @@ follow is not an error. The groups that the forward reads are frozen with that r
 
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map
 
-from archscan import __version__, export
-from archscan.costs import CostModel, cost_model
+from archscan import __version__
+from archscan.costs import cost_model
 from archscan.criteria import criterion as find_criterion
 from archscan.criteria import score
 from archscan.errors import BadInput, InfeasibleBudget, RebuildMismatch
@@ -28,100 +27,43 @@ from archscan.groups import Coupling, couple, freeze
 from archscan.losses import LossFn, classification_loss, sampled_label_loss
 from archscan.options import DEFAULT_CRITERION, SYNTHETIC_SAMPLES, ProgressFactory
 from archscan.planner import Budget, Plan, plan, protect, uniform_plan
-from archscan.rebuild import CannotFollow, Rebuilt, Surgery, rebuild
+from archscan.rebuild import CannotFollow, Rebuilt, rebuild
 from archscan.recipes import Recipe
 from archscan.recognise import recognise
 from archscan.recount import recount
 from archscan.recover import recalibrate_batchnorm
+from archscan.results import Analysis, Scored, SlimResult, SlimSettings
+from archscan.surgery import named_tensors
 from archscan.verify import Verification, check_price, prove
 from archscan.weights import check_finite
-from archscan.widths import WidthRule
 
-_NO_PASS = frozenset({"weight_norm", "bn_scale"})
-"""Gate statistics that are read off the weights: a criterion that needs no others sees no data."""
+__all__ = ["SlimResult", "SlimSettings", "Stopwatch", "analyse", "has_batchnorm", "reads_images", "silent", "slim"]
 
+_WEIGHT_STATISTICS = frozenset({"weight_norm", "bn_scale"})
 _NOISE_BATCH_SIZE = 8
 _REPLANS = 64
 
 
 @dataclass(frozen=True)
-class SlimSettings:
-    """How to slim, beyond the budget, the data and the criterion.
+class _Calibration:
+    """Batches to score and to repair on, and the loss of each; no batches where nothing reads any."""
 
-    Attributes:
-        rule: Which widths are allowed.
-        protect: Shell patterns of layers that keep their width.
-        recover: ``bn`` re-estimates BatchNorm statistics on the calibration batches after slimming.
-        seed: Of everything random.
-    """
-
-    rule: WidthRule = field(default_factory=WidthRule)
-    protect: tuple[str, ...] = ()
-    recover: Literal["none", "bn"] = "none"
-    seed: int = 0
+    batches: Iterable[Any]
+    loss_fn: LossFn
+    synthetic: bool
 
 
 @dataclass(frozen=True, eq=False)
-class Analysis:
-    """What is known of a network before anything is planned.
-
-    Attributes:
-        coupling: Channel groups, places of gates, sizes.
-        costs: MACs, parameters and activations as functions of the groups' widths.
-    """
-
-    coupling: Coupling
-    costs: CostModel
-
-
-@dataclass(frozen=True, eq=False)
-class SlimResult:
-    """A slim network, how it came about, and the proof.
-
-    Attributes:
-        model: The slim network: an ordinary module of the original's class, in eval mode.
-        plan: What was kept, and the predicted costs.
-        surgery: What was cut, enough to repeat it on a fresh original.
-        analysis: Coupling and costs of the original.
-        saliency_U: Saliency of each unit.
-        verification: The comparison with the masked original, before any repair.
-        recovery: What was repaired, as a clause; None where nothing was.
-        notes: What a user has to know, a sentence each.
-        warnings: What a user must not overlook, a sentence each.
-        seconds: Time of each stage, measured.
-        recipe: How to build the original's architecture; None where only the caller can.
-        history: Earlier slimmings of the same network.
-    """
+class _Job:
+    """What every stage of one slimming needs."""
 
     model: nn.Module
-    plan: Plan
-    surgery: Surgery
-    analysis: Analysis
-    saliency_U: np.ndarray
-    verification: Verification
-    recovery: str | None
-    notes: tuple[str, ...]
-    warnings: tuple[str, ...]
-    seconds: Mapping[str, float]
-    recipe: Recipe | None = None
-    history: tuple[export.Step, ...] = ()
-
-    @property
-    def summary(self) -> dict[str, Any]:
-        """The numbers of this run, as ``summary.json`` has them."""
-        from archscan.summary import report_of
-
-        return report_of(self).to_json()
-
-    def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
-        """Write ``plan.json``, ``model.safetensors``, ``summary.json`` and ``report.html``; return the folder.
-
-        Raises:
-            BadInput: The folder exists and is not to be overwritten, or cannot be written.
-        """
-        from archscan.summary import report_of, save_result
-
-        return save_result(self, report_of(self), Path(folder), overwrite=overwrite)
+    example_input: Any
+    budget: Budget
+    criterion: str
+    settings: SlimSettings
+    watch: "Stopwatch"
+    progress: ProgressFactory
 
 
 class Stopwatch:
@@ -145,19 +87,14 @@ def silent(_description: str) -> AbstractContextManager[Callable[[int, int], Non
     return nullcontext(lambda _done, _total: None)
 
 
-def analyse(model: nn.Module, example_input: Any, patterns: Iterable[str] = ()) -> Analysis:
-    """Find channel groups and costs of a network, which is left unchanged.
+def reads_images(criterion: str) -> bool:
+    """Say whether a criterion runs the network at all; the others read weights only."""
+    return bool(find_criterion(criterion).needs - _WEIGHT_STATISTICS)
 
-    Raises:
-        UnsupportedOp: The forward uses an op without a coupling rule.
-        BadInput: The model cannot take the input, or a protected pattern matches nothing.
-    """
-    coupling = couple(model, example_input)
-    coupling = replace(coupling, groups=protect(coupling.groups, tuple(patterns)))
-    assert coupling.graph is not None  # noqa: S101
-    assert coupling.sizes is not None  # noqa: S101
-    full = np.array([group.steps for group in coupling.groups], dtype=np.int64)
-    return Analysis(coupling, cost_model(coupling.graph, coupling.sizes, coupling.parameters, full))
+
+def has_batchnorm(model: nn.Module) -> bool:
+    """Say whether there are BatchNorm statistics that could be estimated anew."""
+    return any(isinstance(module, _BatchNorm) and module.running_mean is not None for module in model.modules())
 
 
 def slim(
@@ -170,12 +107,15 @@ def slim(
     criterion: str = DEFAULT_CRITERION,
     loss_fn: LossFn | None = None,
     settings: SlimSettings | None = None,
-    progress: Progress = silent,
+    recipe: Recipe | None = None,
+    progress: ProgressFactory = silent,
 ) -> SlimResult:
-    """Slim a network to a budget; the model is not modified.
+    """Slim a network to a budget; the model is not modified, and neither are the global random generators.
+
+    Everything random, a shuffling data loader included, follows from ``settings.seed``.
 
     Args:
-        model: Any network; on CUDA, batches are moved there.
+        model: Any network; what it is given is moved to its device.
         example_input: A tensor, a tuple of positional arguments, or a dict of keyword arguments.
         target_flops: Kept fraction of the MACs (one MAC is one FLOP), above 0 and at most 1.
         target_params: Kept fraction of the parameters, likewise; give one of the two.
@@ -183,7 +123,12 @@ def slim(
         criterion: A name from `archscan.criteria.CRITERIA`.
         loss_fn: Mean loss of a batch, ``loss_fn(model, batch) -> scalar``; None for classification.
         settings: Width rules, protected layers, repair, seed.
+        recipe: How the model's architecture was built; None to find out, which is done for the networks of timm,
+            torchvision and archscan.
         progress: Opens progress bars.
+
+    Returns:
+        The slim network, in eval mode, with its plan and proof; ``save`` writes a folder that `archscan.load` opens.
 
     Raises:
         BadInput: An argument makes no sense, is out of range, or does not fit the model.
@@ -192,181 +137,236 @@ def slim(
         RebuildMismatch: The slim network is not what the plan says; this is a defect to report.
     """
     settings = settings or SlimSettings()
-    budget = budget_of(target_flops, target_params)
-    watch = Stopwatch()
-    with watch.stage("capture"):
-        analysis = analyse(model, example_input, settings.protect)
-    warnings: list[str] = []
-    if data is None:
-        warnings.append("the saliency was scored on synthetic noise; pass calibration data")
-        data = synthetic_batches(example_input, settings.seed)
-        loss_fn = loss_fn or sampled_label_loss(settings.seed)
-    batches = list(data) if iter(data) is data else data
-    saliency = _saliency(model, analysis, batches, criterion, loss_fn, settings.seed, watch, progress)
-    made, rebuilt, analysis, notes = _plan_and_rebuild(model, example_input, analysis, saliency, budget, settings, watch)
-    with watch.stage("verify"), progress("Proving the slim network") as step:
+    budget = _budget(target_flops, target_params)
+    find_criterion(criterion)
+    device = _checked_device(model)
+    example_input = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, example_input)
+    job = _Job(model, example_input, budget, criterion, settings, Stopwatch(), progress)
+    calibration = _calibration(job, data, loss_fn)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(settings.seed)
+        return _slim(job, calibration, recipe)
+
+
+def _slim(job: _Job, calibration: _Calibration, recipe: Recipe | None) -> SlimResult:
+    """Run the stages."""
+    with job.watch.stage("capture"):
+        analysis = analyse(job.model, job.example_input, job.settings.protect)
+    _require_feasible(job, analysis)
+    saliency_U, scored = _saliency(job, analysis, calibration)
+    made, rebuilt, analysis, notes = _plan_and_rebuild(job, analysis, saliency_U)
+    with job.watch.stage("verify"), job.progress("Proving the slim network") as step:
         step(0, 0)
-        verification = _prove(model, example_input, analysis, made, rebuilt, settings.seed)
-    slim_model, recovery = rebuilt.model, None
-    if settings.recover == "bn":
-        with watch.stage("recover"), progress("Recalibrating BatchNorm") as step:
-            repaired = recalibrate_batchnorm(rebuilt.model, batches, step)
-        slim_model = repaired.model
-        if repaired.layers:
-            recovery = f"BatchNorm statistics of {repaired.layers} layers recalibrated on {repaired.samples} images"
-    provenance = {
-        "archscan": __version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "criterion": criterion,
-        "seed": settings.seed,
-        "recover": settings.recover,
-    }
+        verification = _prove(job, analysis, made, rebuilt, notes)
+    slim_model, recovery = _recovered(job, rebuilt.model, calibration)
+    with job.watch.stage("recognise"):
+        recipe = recipe or recognise(job.model, job.example_input)
+    warnings = ["The saliency was scored on synthetic noise; pass calibration data."] if calibration.synthetic else []
     return SlimResult(
-        slim_model.eval(),
-        replace(made, provenance=provenance),
-        rebuilt.surgery,
-        analysis,
-        saliency,
-        verification,
-        recovery,
-        tuple(notes),
-        tuple(warnings),
-        watch.seconds,
+        model=slim_model.eval(),
+        plan=replace(made, provenance=_provenance(job)),
+        surgery=rebuilt.surgery,
+        analysis=analysis,
+        saliency_U=saliency_U,
+        scored=scored,
+        verification=verification,
+        recovery=recovery,
+        rule=job.settings.rule,
+        notes=tuple(notes),
+        warnings=tuple(warnings),
+        seconds=job.watch.seconds,
+        recipe=recipe,
     )
 
 
-def budget_of(target_flops: float | None, target_params: float | None) -> Budget:
-    """Read the two targets, of which exactly one must be given.
+def analyse(model: nn.Module, example_input: Any, patterns: Iterable[str] = ()) -> Analysis:
+    """Find channel groups and costs of a network, which is left unchanged.
 
     Raises:
-        BadInput: None or both are given, or the ratio is not in (0, 1].
+        UnsupportedOp: The forward uses an op without a coupling rule.
+        BadInput: The model cannot take the input, or a protected pattern matches nothing.
     """
-    if (target_flops is None) == (target_params is None):
-        given = "two targets were" if target_flops is not None else "no target was"
-        raise BadInput(f"{given} given; give one, such as target_flops=0.6")
+    coupling = couple(model, example_input)
+    coupling = replace(coupling, groups=protect(coupling.groups, tuple(patterns)))
+    assert coupling.graph is not None
+    assert coupling.sizes is not None
+    full = np.array([group.steps for group in coupling.groups], dtype=np.int64)
+    return Analysis(coupling, cost_model(coupling.graph, coupling.sizes, coupling.parameters, full))
+
+
+# --- arguments ------------------------------------------------------------------------------------------------------
+
+
+def _budget(target_flops: float | None, target_params: float | None) -> Budget:
+    if target_flops is not None and target_params is not None:
+        raise BadInput("target_flops and target_params were both given; give one target")
     if target_flops is not None:
         return Budget("macs", target_flops)
-    assert target_params is not None  # noqa: S101
-    return Budget("params", target_params)
+    if target_params is not None:
+        return Budget("params", target_params)
+    raise BadInput("no target was given; add one, such as target_flops=0.6 to keep 60% of the MACs")
 
 
-def synthetic_batches(example_input: Any, seed: int) -> list[Any]:
+def _checked_device(model: nn.Module) -> torch.device:
+    """See that the model is one to work on; say where it lives."""
+    if not isinstance(model, nn.Module):
+        raise BadInput(f"the model is a {type(model).__name__}; pass a torch.nn.Module")
+    if isinstance(model, torch.jit.ScriptModule) or hasattr(model, "_orig_mod"):
+        raise BadInput(f"the model is compiled ({type(model).__name__}); pass the module that it was made from")
+    tensors = dict(named_tensors(model))
+    places = sorted({str(tensor.device) for tensor in tensors.values()})
+    if len(places) > 1 or places == ["meta"]:
+        raise BadInput(f"the model lies on {' and '.join(places)}; move all of it to one CPU or GPU")
+    check_finite(tensors, "the model")
+    return torch.device(places[0] if places else "cpu")
+
+
+def _calibration(job: _Job, data: Iterable[Any] | None, loss_fn: LossFn | None) -> _Calibration:
+    """Decide what the network is scored on."""
+    repairs = job.settings.recover == "bn"
+    if repairs and not has_batchnorm(job.model):
+        raise BadInput("the model has no BatchNorm statistics to recalibrate; leave out recover='bn'")
+    if data is not None:
+        if isinstance(data, (Tensor, dict)) or (isinstance(data, tuple) and any(isinstance(x, Tensor) for x in data)):
+            raise BadInput(
+                f"data is a single {type(data).__name__}; pass batches: a data loader, or [(images, labels)]"
+            )
+        batches = list(data) if iter(data) is data else data
+        return _Calibration(batches, loss_fn or classification_loss, synthetic=False)
+    if repairs:
+        raise BadInput("recover='bn' needs real images, noise would spoil the statistics; pass data=")
+    if not reads_images(job.criterion):
+        return _Calibration((), classification_loss, synthetic=False)
+    if loss_fn is not None:
+        raise BadInput("a loss_fn was given without batches for it; pass data=")
+    noise = _noise(job.example_input, job.settings.seed)
+    return _Calibration(noise, sampled_label_loss(job.settings.seed), synthetic=True)
+
+
+def _noise(example_input: Any, seed: int) -> list[Any]:
     """Make calibration batches of Gaussian noise like the example input."""
+    if not isinstance(example_input, Tensor) or not example_input.is_floating_point():
+        raise BadInput("noise can stand in for images only; pass calibration batches as data=, and their loss_fn=")
     generator = torch.Generator().manual_seed(seed)
-
-    def noise(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or leaf.ndim == 0:
-            return leaf
-        if not leaf.is_floating_point():
-            raise BadInput("an input of whole numbers cannot be made up; pass calibration data")
-        return torch.randn((SYNTHETIC_BATCH_SIZE, *leaf.shape[1:]), generator=generator).to(leaf.dtype)
-
-    if not isinstance(example_input, Tensor):
-        raise BadInput("a model with several inputs needs calibration data and a loss_fn; pass both")
-    return [(tree_map(noise, example_input), None) for _ in range(SYNTHETIC_BATCHES)]
+    shape = (_NOISE_BATCH_SIZE, *example_input.shape[1:])
+    count = SYNTHETIC_SAMPLES // _NOISE_BATCH_SIZE
+    return [(torch.randn(shape, generator=generator).to(example_input), None) for _ in range(count)]
 
 
-def _saliency(
-    model: nn.Module,
-    analysis: Analysis,
-    batches: Iterable[Any],
-    name: str,
-    loss_fn: LossFn | None,
-    seed: int,
-    watch: Stopwatch,
-    progress: Progress,
-) -> np.ndarray:
-    needs = criterion(name).needs
-    with watch.stage("saliency"), progress(f"Scoring channels by {name}") as step:
+def _provenance(job: _Job) -> dict[str, Any]:
+    return {
+        "archscan": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "criterion": job.criterion,
+        "seed": job.settings.seed,
+        "recover": job.settings.recover,
+    }
+
+
+# --- stages ---------------------------------------------------------------------------------------------------------
+
+
+def _require_feasible(job: _Job, analysis: Analysis) -> None:
+    """Refuse a budget out of reach before any work is spent on scores, which do not change what widths cost."""
+    groups, coupling = analysis.coupling.groups, analysis.coupling
+    uniform_plan(groups, np.zeros(coupling.unit_count), analysis.costs, job.budget, job.settings.rule)
+
+
+def _saliency(job: _Job, analysis: Analysis, calibration: _Calibration) -> tuple[np.ndarray, Scored | None]:
+    needs = find_criterion(job.criterion).needs
+    seed = job.settings.seed
+    with job.watch.stage("saliency"), job.progress(f"Scoring channels by {job.criterion}") as step:
         statistics = collect(
-            model, analysis.coupling, batches, loss_fn or classification_loss, needs, seed=seed, progress=step
+            job.model,
+            analysis.coupling,
+            calibration.batches,
+            calibration.loss_fn,
+            needs,
+            seed=seed,
+            progress=step,
         )
-        return score(name, statistics)
+        saliency_U = score(job.criterion, statistics)
+    if not statistics.samples:
+        return saliency_U, None
+    return saliency_U, Scored(statistics.samples, calibration.synthetic)
 
 
 def _plan_and_rebuild(
-    model: nn.Module,
-    example_input: Any,
-    analysis: Analysis,
-    saliency_U: np.ndarray,
-    budget: Budget,
-    settings: SlimSettings,
-    watch: Stopwatch,
+    job: _Job, analysis: Analysis, saliency_U: np.ndarray
 ) -> tuple[Plan, Rebuilt, Analysis, list[str]]:
     """Plan and rebuild; where a forward cannot follow, freeze what it reads and plan again."""
     notes: list[str] = []
     for _ in range(_REPLANS):
-        groups = analysis.coupling.groups
-        with watch.stage("plan"):
-            made = plan(groups, saliency_U, analysis.costs, budget, settings.rule, seed=settings.seed)
+        coupling, settings = analysis.coupling, job.settings
+        with job.watch.stage("plan"):
+            try:
+                made = plan(coupling.groups, saliency_U, analysis.costs, job.budget, settings.rule, seed=settings.seed)
+            except InfeasibleBudget as error:
+                raise InfeasibleBudget("; ".join([str(error), *notes])) from error
         try:
-            with watch.stage("rebuild"):
-                rebuilt = rebuild(model, example_input, analysis.coupling, made.kept)
+            with job.watch.stage("rebuild"):
+                rebuilt = rebuild(job.model, job.example_input, coupling, made.kept)
         except CannotFollow as error:
-            groups = _frozen_around(analysis.coupling, error)
-            analysis = replace(analysis, coupling=replace(analysis.coupling, groups=groups))
-            notes.append(f"{error.module or 'the model itself'} keeps its width, since {error.detail}")
+            analysis = replace(analysis, coupling=_frozen_around(coupling, error))
+            notes.append(f"{error.module or 'The whole network'} keeps its width, since {error.detail}.")
             continue
-        if made.after == made.before and budget.ratio < 1:
-            raise RebuildMismatch("nothing was removed although the budget asked for it; please report this network")
         return made, rebuilt, analysis, notes
     raise RebuildMismatch("too many forwards hard-code their widths; protect those modules by name")
 
 
-def _frozen_around(coupling: Coupling, error: CannotFollow) -> tuple[ChannelGroup, ...]:
+def _frozen_around(coupling: Coupling, error: CannotFollow) -> Coupling:
     """Freeze the groups that touch the module whose forward cannot follow; raise the error again where none is left."""
     inside = f"{error.module}." if error.module else ""
-    groups = []
-    for group in coupling.groups:
-        touches = any(f"{member.module}.".startswith(inside) for member in group.members)
-        units = {unit for fibre in group.units for unit in fibre}
-        reads = any(
-            f"{consumer.module}.".startswith(inside) and units & set(consumer.units.tolist())
-            for consumer in coupling.consumers
+    readers = [consumer for consumer in coupling.consumers if f"{consumer.module}.".startswith(inside)]
+    read = {unit for consumer in readers for unit in consumer.units.tolist()}
+    reason = f"the forward of {error.module or 'the model'} hard-codes a width"
+    reasons = {
+        group.name: reason
+        for group in coupling.groups
+        if group.frozen is None
+        and (
+            any(f"{member.module}.".startswith(inside) for member in group.members)
+            or any(unit in read for fibre in group.units for unit in fibre)
         )
-        freeze = group.frozen is None and (touches or reads)
-        groups.append(replace(group, frozen=f"the forward of {error.module or 'the model'} hard-codes a width") if freeze else group)
-    if tuple(groups) == coupling.groups:
+    }
+    if not reasons:
         raise error
-    return tuple(groups)
+    return freeze(coupling, reasons)
 
 
-def _prove(
-    model: nn.Module, example_input: Any, analysis: Analysis, made: Plan, rebuilt: Rebuilt, seed: int
-) -> Verification:
+def _prove(job: _Job, analysis: Analysis, made: Plan, rebuilt: Rebuilt, notes: list[str]) -> Verification:
+    """See that the slim network is the masked original and costs what the plan says."""
     verification = prove(
-        model, rebuilt.model, rebuilt.surgery, analysis.coupling, made.kept, example_input, seed=seed
+        job.model,
+        rebuilt.model,
+        rebuilt.surgery,
+        analysis.coupling,
+        made.kept,
+        job.example_input,
+        seed=job.settings.seed,
     )
     if not verification.passed:
-        raise RebuildMismatch(f"the slim network is not the masked original: {verification.reason}; nothing is written")
-    counted = fvcore_macs(rebuilt.model, example_input)
+        raise RebuildMismatch(
+            f"the slim network is not the masked original ({verification.reason}), so that nothing was written; "
+            "please report this network"
+        )
+    counted = recount(rebuilt.model, job.example_input)
     check_price(
         rebuilt.model,
-        counted_macs=made.after.macs if counted is None else counted,
+        counted_macs=counted.macs,
         predicted_macs=made.after.macs,
         predicted_params=made.after.params,
     )
+    if counted.by != "fvcore":
+        notes.append("fvcore cannot trace this network; the MACs of the slim one were counted again by archscan.")
     return verification
 
 
-def fvcore_macs(model: nn.Module, example_input: Any) -> int | None:
-    """Count a model's MACs per sample with fvcore, as a second opinion; None where fvcore cannot trace it."""
-    from fvcore.nn import FlopCountAnalysis
-
-    first = tree_map(lambda leaf: leaf[:1] if isinstance(leaf, Tensor) and leaf.ndim else leaf, example_input)
-    if isinstance(first, Mapping):
-        return None
-    device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
-    inputs = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, first)
-    analysis = FlopCountAnalysis(model.eval(), inputs)
-    analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
-    try:
-        return int(analysis.total())
-    except (RuntimeError, TypeError, ValueError, KeyError, IndexError):
-        return None
-
-
-def criteria_names() -> tuple[str, ...]:
-    """Names of all criteria."""
-    return tuple(CRITERIA)
+def _recovered(job: _Job, model: nn.Module, calibration: _Calibration) -> tuple[nn.Module, str | None]:
+    if job.settings.recover != "bn":
+        return model, None
+    with job.watch.stage("recover"), job.progress("Recalibrating BatchNorm") as step:
+        repaired = recalibrate_batchnorm(model, calibration.batches, step)
+    layers = f"{repaired.layers} layer{'s' if repaired.layers > 1 else ''}"
+    return repaired.model, f"BatchNorm statistics of {layers} recalibrated on {repaired.samples} images"

@@ -13,7 +13,6 @@ import argparse
 import json
 import math
 import os
-import sys
 import time
 import warnings
 from collections import defaultdict
@@ -23,7 +22,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarking import origin, provenance, require_peer, restart_with_quiet_memory, table, write
+from benchmarking import counted_macs, origin, provenance, require_peer, restart_with_quiet_memory, table, write
 from rich.console import Console
 
 import archscan  # before timm, which brings torchvision
@@ -31,15 +30,13 @@ import archscan  # before timm, which brings torchvision
 from torch import nn  # isort: skip
 
 from archscan.criteria import CRITERIA, criterion  # isort: skip
-from archscan.data import ImageSet, calibration_images, evaluation_images  # isort: skip
+from archscan.data import calibration_images, evaluation_images  # isort: skip
 from archscan.errors import ArchscanError  # isort: skip
 from archscan.evaluation import top_one  # isort: skip
-from archscan.pipeline import Batches  # isort: skip
 from archscan.recover import recalibrate_batchnorm  # isort: skip
 from archscan.report.progress import progress_on  # isort: skip
-from archscan.slimming import DEFAULT_CRITERION, SlimSettings, fvcore_macs, slim  # isort: skip
+from archscan.options import DEFAULT_CRITERION  # isort: skip
 from archscan.sources import Subject, open_subject  # isort: skip
-from archscan.widths import WidthRule  # isort: skip
 
 PEERS = tuple(
     f"{importance}/{shortcuts}/{schedule}"
@@ -48,6 +45,14 @@ PEERS = tuple(
     for schedule in ("one-shot", "iterative")
 )
 RATIOS = (0.8, 0.6, 0.5)
+PEER_USE = """Torch-Pruning is used through its documented `BasePruner` with `global_pruning`, single channels and the
+classifier ignored: `taylor` is its `GroupTaylorImportance` on gradients of the loss over all calibration images in eval
+mode, `l2` its `GroupMagnitudeImportance(p=2)`. `one-shot` takes one step, its pruning ratio bisected to the largest
+network that is not above the target; `iterative` takes steps of 1/400 of the channels with fresh scores (and fresh
+gradients with every 2.5 % of the MACs) until the target is met. Its index mapping takes a shortcut that pads channels
+for an identity, so that it is run in three ways: `as-is`; `kept`, with the first convolution and every block's second
+one ignored, so that only widths inside blocks change; `conv`, with those shortcuts written as 1 x 1 convolutions that
+compute the same, whose MACs are counted too."""
 
 
 @dataclass(frozen=True)
@@ -99,31 +104,30 @@ class Bench:
     """What is needed to measure points for one seed."""
 
     subject: Subject
-    scored: list[Any]
-    recalibration: Batches
-    evaluation: Batches
+    scored: Sequence[Any]
+    recalibration: Sequence[Any]
+    evaluation: Sequence[Any]
     dense_macs: int
     setting: Setting
     seed: int
 
     def finish(self, model: nn.Module, side: str, method: str, ratio: float, seconds: float) -> Point:
         """Evaluate a slim network, as it is and recalibrated."""
-        macs = fvcore_macs(model, self.subject.example_input)
+        kept = counted_macs(model, self.subject.example_input) / self.dense_macs
         raw = top_one(model, self.evaluation).accuracy
         repaired = recalibrate_batchnorm(model, self.recalibration).model
         recalibrated = top_one(repaired, self.evaluation).accuracy
-        kept = None if macs is None else macs / self.dense_macs
         return Point(side, method, ratio, self.seed, kept, raw, recalibrated, seconds)
 
 
 def of_criterion(bench: Bench, name: str, ratios: Sequence[float]) -> Iterator[Point]:
     """Slim with archscan by one criterion to each ratio."""
-    settings = SlimSettings(WidthRule(bench.setting.round_to), recover="none", seed=bench.seed)
+    settings = archscan.SlimSettings(archscan.WidthRule(bench.setting.round_to), recover="none", seed=bench.seed)
     for ratio in ratios:
         start = time.perf_counter()
         try:
             example = bench.subject.example_input
-            result = slim(
+            result = archscan.slim(
                 bench.subject.model, example, target_flops=ratio, data=bench.scored, criterion=name, settings=settings
             )
         except ArchscanError as error:
@@ -227,14 +231,15 @@ def tables(summaries: Sequence[Summary], points: Sequence[Point], ratios: Sequen
 
     rows = []
     for method in sorted(methods, key=order):
-        cells = []
+        row = [("Torch-Pruning " if method[0] == "torch-pruning" else "") + method[1]]
         for ratio in ratios:
             entry = by_key.get((*method, ratio))
-            cells += ["failed", "", ""] if entry is None else [
-                f"{entry.macs:.3f}", _percent(entry.raw, entry.seeds), _percent(entry.recalibrated, entry.seeds)
-            ]  # fmt: skip
-        rows.append(("Torch-Pruning " if method[0] == "torch-pruning" else "") + method[1])
-        rows[-1] = [rows[-1], *cells]  # type: ignore[call-overload]
+            if entry is None:
+                row += ["failed", "", ""]
+            else:
+                accuracies = (_percent(value, entry.seeds) for value in (entry.raw, entry.recalibrated))
+                row += [f"{entry.macs:.3f}", *accuracies]
+        rows.append(row)
     header = ["method"] + [text for ratio in ratios for text in (f"MACs at {ratio:g}", "raw", "recalibrated")]
     return table(header, rows)
 
@@ -287,15 +292,7 @@ def markdown(
         "training images (recalibrated); nothing is fine-tuned. MACs are counted by fvcore on the slim network, as a "
         f"fraction of the dense one's. Seeds of the calibration images: {', '.join(map(str, seeds))}"
         + ("; the mean, with the least and the largest in brackets." if len(seeds) > 1 else "."),
-        f"archscan scores once and plans with {rounding}. Torch-Pruning is used through its documented `BasePruner` with "
-        "`global_pruning`, single channels and the classifier ignored: `taylor` is its `GroupTaylorImportance` on "
-        "gradients of the loss over all calibration images in eval mode, `l2` its `GroupMagnitudeImportance(p=2)`. "
-        "`one-shot` takes one step, its pruning ratio bisected to the largest network that is not above the target; "
-        "`iterative` takes steps of 1/400 of the channels with fresh scores (and fresh gradients with every 2.5 % of the "
-        "MACs) until the target is met. Its index mapping takes a shortcut that pads channels for an identity, so that "
-        "it is run in three ways: `as-is`; `kept`, with the first convolution and every block's second one ignored, so "
-        "that only widths inside blocks change; `conv`, with those shortcuts written as 1 x 1 convolutions that compute "
-        "the same, whose MACs are counted too.",
+        f"archscan scores once and plans with {rounding}. {PEER_USE}",
         origin(made),
         tables(summaries, points, ratios),
         verdict(summaries, ratios, setting.evaluated),
@@ -333,12 +330,12 @@ def options_of() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def images(options: argparse.Namespace, subject: Subject, seed: int) -> tuple[ImageSet, list[Any]]:
-    """Read the images to recalibrate on, and the batches to score on, which are the first of them."""
+def calibration(options: argparse.Namespace, subject: Subject, seed: int) -> list[Any]:
+    """Read the batches to recalibrate on; to score on, there are the first of them."""
     wanted = max(options.samples, options.recalibration_samples)
     source = options.data / "cifar10-train.zip"
     found = calibration_images(source, subject.preprocessing, samples=wanted, batch_size=options.batch_size, seed=seed)
-    return found, list(Batches(found))[: -(-options.samples // options.batch_size)]
+    return list(found.batches())
 
 
 def main() -> None:
@@ -359,21 +356,21 @@ def main() -> None:
     console = Console(stderr=True)
     weights = options.data / f"{options.model.removesuffix('_cifar')}_cifar10.safetensors"
     subject = open_subject(f"reference:{options.model}", weights=str(weights))
-    evaluated = evaluation_images(
+    found = evaluation_images(
         options.data / "cifar10-val.zip", subject.preprocessing, samples=options.eval_samples, batch_size=125
     )
+    evaluation = list(found.batches())
     setting = Setting(
         options.model,
         options.samples,
         options.recalibration_samples,
-        len(evaluated),
+        len(found),
         options.batch_size,
         options.round_to,
     )
     cache = Cache(options.output / "cache.jsonl", setting, options.resume)
-    dense = top_one(subject.model, Batches(evaluated)).accuracy
-    macs = fvcore_macs(subject.model, subject.example_input)
-    assert macs is not None
+    dense = top_one(subject.model, evaluation).accuracy
+    macs = counted_macs(subject.model, subject.example_input)
     ratios = sorted(set(options.ratios), reverse=True)
     jobs = [(seed, "archscan", name) for seed in options.seeds for name in options.criteria]
     jobs += [(seed, "torch-pruning", text) for seed in options.seeds for text in options.peers]
@@ -383,8 +380,9 @@ def main() -> None:
             left = [ratio for ratio in ratios if (side, method, ratio, seed) not in cache.points]
             if not left:
                 continue
-            recalibration, scored = images(options, subject, seed)
-            bench = Bench(subject, scored, Batches(recalibration), Batches(evaluated), macs, setting, seed)
+            batches = calibration(options, subject, seed)
+            scored = batches[: options.samples // options.batch_size]
+            bench = Bench(subject, scored, batches, evaluation, macs, setting, seed)
             for point in (of_criterion if side == "archscan" else of_peer)(bench, method, left):
                 cache.put(point)
                 console.print(json.dumps(asdict(point)), soft_wrap=True, highlight=False)
@@ -397,4 +395,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

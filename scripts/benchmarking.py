@@ -15,7 +15,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
 """Keeps glibc from giving memory back between two ops, whose page faults would otherwise be half of what is timed."""
@@ -71,6 +74,19 @@ def _cpu_model() -> str:
         return platform.processor() or platform.machine()
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.machine())
+
+
+def counted_macs(model: "nn.Module", example: "Tensor") -> int:
+    """Count the MACs of one image with fvcore.
+
+    Raises:
+        RuntimeError: The network does not run.
+    """
+    from fvcore.nn import FlopCountAnalysis
+
+    counter = FlopCountAnalysis(model.eval(), example[:1])
+    counter.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
+    return int(counter.total())
 
 
 def peak_rss_mib() -> float:

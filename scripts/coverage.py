@@ -21,6 +21,8 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import archscan  # noqa: F401 - before anything that imports torchvision
+
+# isort: split
 import timm  # noqa: F401 - before the fork, which makes each process start at once
 import torch
 import torchvision  # noqa: F401
@@ -78,7 +80,7 @@ def _peer(network: str, report: Callable[[str], None]) -> Record:
     report("trace")
     try:
         return time_peer(model, example)
-    except Exception as error:  # noqa: BLE001 - whatever the peer raises is its verdict
+    except Exception as error:  # whatever the peer raises is its verdict
         return {"error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"}
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from coverage_statistics import error_with_same_statistics
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -27,9 +28,8 @@ from archscan.errors import ArchscanError, BadInput, InfeasibleBudget
 from archscan.groups import Coupling, couple
 from archscan.rebuild import apply
 from archscan.recipes import Recipe, seeded
-from archscan.slimming import SlimResult
+from archscan.results import SlimResult
 from archscan.verify import TOLERANCE, output_tensors, randomize
-from coverage_statistics import error_with_same_statistics
 
 TARGET = 0.6
 SIDES = (64, 96, 128, 160, 192, 224, 256, 288, 320, 384)
@@ -123,7 +123,7 @@ def time_coupling(model: nn.Module, example: Tensor) -> tuple[Coupling, float]:
 
 
 def frozen_channels(model: nn.Module, coupling: Coupling) -> Record:
-    """Count the output channels of convolutions that keep their width, by reason; the network's outputs are left out."""
+    """Count the output channels of convolutions that keep their width, by reason, without the network's outputs."""
     reasons: dict[int, str] = {}
     for group in coupling.groups:
         if group.frozen is not None:
@@ -284,7 +284,7 @@ class _Problems:
             yield
         except ArchscanError as error:
             self.add(check, f"{type(error).__name__}: {error}")
-        except Exception as error:  # noqa: BLE001 - the sweep's subject is what code that nobody here wrote may raise
+        except Exception as error:  # whatever code that nobody here wrote may raise
             last = traceback.extract_tb(error.__traceback__)[-1]
             message = (str(error).strip().splitlines() or [""])[0][:300]
             where = f"{Path(last.filename).parent.name}/{Path(last.filename).name}:{last.lineno} {last.name}"

@@ -8,10 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import archscan
 import timm
 import torch
 import torchvision
+
+import archscan
 
 Record = dict[str, Any]
 
@@ -126,11 +127,11 @@ def write_report(folder: Path, records: Sequence[Record], left_out: Mapping[str,
         "",
         f"`python {command}`, with " + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".",
         "",
-        f"{len(records)} networks: {verdicts['equal']} equal the masked original, {verdicts['same statistics']} equal it "
-        f"with the same statistics (a normalisation mixes channels), {verdicts['failed']} failed.",
+        f"{len(records)} networks: {verdicts['equal']} equal the masked original, {verdicts['same statistics']} equal "
+        f"it with the same statistics (a normalisation mixes channels), {verdicts['failed']} failed.",
         "",
-        "Each is slimmed to 0.6 of its MACs (or half-way to what its frozen parts allow) twice, by random scores and by "
-        "magnitude; the slim network is compared with the masked original in float64, also with randomised "
+        "Each is slimmed to 0.6 of its MACs (or half-way to what its frozen parts allow) twice, by random scores and "
+        "by magnitude; the slim network is compared with the masked original in float64, also with randomised "
         "normalisation; its price is recounted by fvcore and `FlopCounterMode`; it takes a training step; it is saved "
         "and loaded.",
         "",

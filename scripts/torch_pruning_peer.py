@@ -18,11 +18,11 @@ from typing import Any, Literal
 
 import torch
 import torch_pruning
+from benchmarking import counted_macs
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from archscan.reference_nets import PaddedShortcut
-from archscan.slimming import fvcore_macs
 
 Batches = Sequence[tuple[Tensor, Tensor]]
 Shortcuts = Literal["as-is", "kept", "conv"]
@@ -82,7 +82,7 @@ def pruned(
     Raises:
         CRASHES: The peer cannot prune the network.
     """
-    dense_macs = counted(dense, example)
+    dense_macs = counted_macs(dense, example)
     limits = [(ratio, int(ratio * dense_macs)) for ratio in sorted(ratios, reverse=True)]
     start = prepared(dense, peer.shortcuts)
     find = _one_shot if peer.schedule == "one-shot" else _iterative
@@ -122,29 +122,15 @@ def _block_widths(model: nn.Module) -> dict[str, int]:
 
 def protected(model: nn.Module, shortcuts: Shortcuts) -> list[nn.Module]:
     """List the layers that the peer must not prune: the classifier, and where asked for all that shortcuts add up."""
-    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    linear: list[nn.Module] = [module for module in model.modules() if isinstance(module, nn.Linear)]
     if shortcuts != "kept":
         return linear
-    stream = [
+    stream: list[nn.Module] = [
         module
         for path, module in model.named_modules()
         if isinstance(module, nn.Conv2d) and (path == "conv1" or path.endswith(".conv2"))
     ]
     return linear + stream
-
-
-def counted(model: nn.Module, example: Tensor) -> int:
-    """Count MACs with fvcore.
-
-    Raises:
-        RuntimeError: The network does not run.
-    """
-    with torch.no_grad():
-        model(example)
-    macs = fvcore_macs(model, example)
-    if macs is None:
-        raise RuntimeError("fvcore cannot count the network")
-    return macs
 
 
 def compute_gradients(model: nn.Module, batches: Batches) -> None:
@@ -185,7 +171,7 @@ def _one_shot(
             middle = (low + high) / 2
             model = _copy_with_gradients(start)
             _pruner(peer, model, example, middle, steps=1).step()
-            if counted(model, example) <= limit:
+            if counted_macs(model, example) <= limit:
                 high, best = middle, model
             else:
                 low = middle
@@ -199,7 +185,7 @@ def _iterative(
 ) -> Iterator[tuple[float, nn.Module]]:
     model = start
     pruner = _pruner(peer, model, example, 1.0, steps=SMALL_STEPS)
-    macs, scored_at = counted(model, example), None
+    macs, scored_at = counted_macs(model, example), None
     waiting = list(limits)
     for _ in range(SMALL_STEPS - 1):
         stale = scored_at is None or scored_at - macs >= FRESH_GRADIENTS_AFTER * dense
@@ -207,7 +193,7 @@ def _iterative(
             compute_gradients(model, batches)
             scored_at = macs
         pruner.step()
-        macs = counted(model, example)
+        macs = counted_macs(model, example)
         while waiting and macs <= waiting[0][1]:
             yield waiting.pop(0)[0], copy.deepcopy(model)
         if not waiting:

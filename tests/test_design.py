@@ -16,8 +16,8 @@ FLOW = (
     *("mac_table", "costs"),
     *("losses", "probes", "gates", "criteria"),
     *("widths", "search", "planner", "bottlenecks"),
-    *("surgery", "follow", "rebuild", "recover", "verify", "export", "evaluation"),
-    *("options", "report", "results", "slimming", "pipeline"),
+    *("surgery", "follow", "rebuild", "recover", "verify", "recount", "recognise", "export", "evaluation"),
+    *("options", "report", "results", "saved", "slimming", "pipeline"),
     *("arguments", "cli", "__main__"),
 )
 """Files in the order in which data flow through them; each imports only from files before it."""
