@@ -45,6 +45,12 @@ PEERS = tuple(
     for schedule in ("one-shot", "iterative")
 )
 RATIOS = (0.8, 0.6, 0.5)
+ROUND = 0.05
+STREAM = ("conv1", "layer*.conv2")
+WAYS = ("", "kept", "rounds")
+CRITERIA_USE = """archscan scores once where nothing else is said; `/rounds` slims in steps of 5 % of the dense MACs and
+scores anew before each, `/kept` protects the first convolution and every block's second one, so that only widths inside
+blocks change."""
 PEER_USE = """Torch-Pruning is used through its documented `BasePruner` with `global_pruning`, single channels and the
 classifier ignored: `taylor` is its `GroupTaylorImportance` on gradients of the loss over all calibration images in eval
 mode, `l2` its `GroupMagnitudeImportance(p=2)`. `one-shot` takes one step, its pruning ratio bisected to the largest
@@ -120,20 +126,36 @@ class Bench:
         return Point(side, method, ratio, self.seed, kept, raw, recalibrated, seconds)
 
 
-def of_criterion(bench: Bench, name: str, ratios: Sequence[float]) -> Iterator[Point]:
+def of_criterion(bench: Bench, method: str, ratios: Sequence[float]) -> Iterator[Point]:
     """Slim with archscan by one criterion to each ratio."""
-    settings = archscan.SlimSettings(archscan.WidthRule(bench.setting.round_to), recover="none", seed=bench.seed)
     for ratio in ratios:
         start = time.perf_counter()
         try:
-            example = bench.subject.example_input
-            result = archscan.slim(
-                bench.subject.model, example, target_flops=ratio, data=bench.scored, criterion=name, settings=settings
-            )
+            model = slimmed(bench, method, ratio)
         except ArchscanError as error:
-            yield Point("archscan", name, ratio, bench.seed, failure=str(error))
+            yield Point("archscan", method, ratio, bench.seed, failure=str(error))
             continue
-        yield bench.finish(result.model, "archscan", name, ratio, time.perf_counter() - start)
+        yield bench.finish(model, "archscan", method, ratio, time.perf_counter() - start)
+
+
+def slimmed(bench: Bench, method: str, ratio: float) -> nn.Module:
+    """Slim once; or, with ``/rounds``, in steps of 5 % of the dense MACs, scored anew before each."""
+    name, _, way = method.partition("/")
+    example, model = bench.subject.example_input, bench.subject.model
+    settings = archscan.SlimSettings(
+        archscan.WidthRule(bench.setting.round_to),
+        protect=STREAM if way == "kept" else (),
+        recover="none",
+        seed=bench.seed,
+    )
+    rounds = max(1, round((1 - ratio) / ROUND)) if way == "rounds" else 1
+    for number in range(1, rounds + 1):
+        kept = 1 - (1 - ratio) * number / rounds if number < rounds else ratio
+        target = kept if rounds == 1 else min(1.0, kept * bench.dense_macs / counted_macs(model, example))
+        model = archscan.slim(
+            model, example, target_flops=target, data=bench.scored, criterion=name, settings=settings
+        ).model
+    return model
 
 
 def of_peer(bench: Bench, text: str, ratios: Sequence[float]) -> Iterator[Point]:
@@ -280,7 +302,9 @@ def markdown(
     """Write the report."""
     summaries = summarised(points)
     seeds = sorted({point.seed for point in points})
-    rounding = "its default rounding" if setting.round_to is None else f"widths in multiples of {setting.round_to}"
+    rounding = (
+        "the default rounding of widths" if setting.round_to is None else f"widths in multiples of {setting.round_to}"
+    )
     failures = [
         f"- {point.side} {point.method} at {point.ratio:g}: {point.failure}" for point in points if point.failure
     ]
@@ -292,7 +316,7 @@ def markdown(
         "training images (recalibrated); nothing is fine-tuned. MACs are counted by fvcore on the slim network, as a "
         f"fraction of the dense one's. Seeds of the calibration images: {', '.join(map(str, seeds))}"
         + ("; the mean, with the least and the largest in brackets." if len(seeds) > 1 else "."),
-        f"archscan scores once and plans with {rounding}. {PEER_USE}",
+        f"{CRITERIA_USE} Its plans have {rounding}. {PEER_USE}",
         origin(made),
         tables(summaries, points, ratios),
         verdict(summaries, ratios, setting.evaluated),
@@ -315,7 +339,12 @@ def options_of() -> argparse.Namespace:
     default_data = Path(os.environ.get("ARCHSCAN_DATA", "../shared/data"))
     parser.add_argument("--model", default="resnet56_cifar", help="weights: <model without _cifar>_cifar10.safetensors")
     parser.add_argument("--data", type=Path, default=default_data, help="folder of weights and images")
-    parser.add_argument("--criteria", type=names, default=list(CRITERIA), help="archscan's, by comma (default: all)")
+    parser.add_argument(
+        "--criteria",
+        type=names,
+        default=list(CRITERIA),
+        help="archscan's, by comma, each with /kept or /rounds where wanted (default: all)",
+    )
     parser.add_argument("--peers", type=names, default=list(PEERS), help="importance/shortcuts/schedule, by comma")
     parser.add_argument("--ratios", type=lambda text: [float(part) for part in names(text)], default=list(RATIOS))
     parser.add_argument("--seeds", type=lambda text: [int(part) for part in names(text)], default=[0])
@@ -341,8 +370,11 @@ def calibration(options: argparse.Namespace, subject: Subject, seed: int) -> lis
 def main() -> None:
     """Measure and write the report."""
     options = options_of()
-    for name in options.criteria:
+    for method in options.criteria:
+        name, _, way = method.partition("/")
         criterion(name)
+        if way not in WAYS:
+            raise SystemExit(f"{method} is no way to use a criterion; choose from {', '.join(WAYS[1:])}")
     if options.peers:
         require_peer()
         from torch_pruning_peer import parse_peer

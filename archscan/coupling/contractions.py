@@ -71,6 +71,8 @@ def convolution(walk: Walk, node: Node) -> Sequence[Planes]:
     """Unite inputs with the weight's input channels; the output carries its output channels (and the bias's)."""
     data, weight, bias, transposed, groups = *node.args[:3], node.args[6], node.args[8]
     shape, out, where = walk.shape(weight), walk.out_shape(node), walk.where(node)
+    if (passed := _along_channels(walk, node)) is not None:
+        return [passed]
     given = _axis_labels(walk, walk.of(data), 1, where)
     inner, outer = _weight_labels(walk, weight, groups, bool(transposed))
     if walk.graph.values[weight.value].per_sample:
@@ -95,6 +97,21 @@ def convolution(walk: Walk, node: Node) -> Sequence[Planes]:
         for plane in walk.of(bias):
             walk.record.unite(result, planes.along(planes.vector(plane, 0), out, 1))
     return [(result,) if out[1] > 1 else ()]
+
+
+def _along_channels(walk: Walk, node: Node) -> Planes | None:
+    """Pass channels through a convolution that slides *along* them, as channel attention does (Wang et al. 2020, ECA).
+
+    It reads one feature and writes one, at every place of the axis; None where the op is anything else.
+    """
+    data, weight, out = node.args[0], node.args[1], walk.out_shape(node)
+    own = [plane for plane in walk.of(data) if planes.varying(plane)]
+    if walk.shape(weight)[:2] != (1, 1) or walk.shape(data) != out or not own:
+        return None
+    if any(set(planes.varying(plane)) <= {0, 1} for plane in own):
+        return None
+    walk.record.mixing[f"convolution over channels at {node.where()}"] = None
+    return tuple(own)
 
 
 def _weight_labels(walk: Walk, weight: Ref, groups: int, transposed: bool) -> tuple[Tensor | None, Tensor | None]:

@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_map
 from archscan.capture import Node, Ref
 from archscan.coupling import planes
 from archscan.coupling.labels import Planes
-from archscan.coupling.walk import Walk, rule, unite_all
+from archscan.coupling.walk import Walk, op_name, rule, unite_all
 
 
 @rule(
@@ -53,20 +53,7 @@ def unlabelled(walk: Walk, node: Node) -> Sequence[Planes]:
     return [()] * len(node.outputs)
 
 
-@rule(
-    "permute",
-    "transpose",
-    "t",
-    "unsqueeze",
-    "squeeze",
-    "select",
-    "expand",
-    "unbind",
-    "movedim",
-    "swapaxes",
-    "diagonal",
-    "numpy_T",
-)
+@rule(*["permute", "transpose", "t", "unsqueeze", "squeeze", "expand", "movedim", "swapaxes", "numpy_T"])
 def view(walk: Walk, node: Node) -> Sequence[Planes]:
     """Execute the op verbatim on each plane."""
     results = [_verbatim(node, plane) for plane in walk.of(node.args[0])]
@@ -78,6 +65,79 @@ def _verbatim(node: Node, plane: Tensor) -> list[Tensor]:
     args = tree_map(lambda leaf: leaf if not isinstance(leaf, Ref) else None, node.args[1:])
     result = node.op(plane, *args, **node.kwargs)
     return list(result) if isinstance(result, (tuple, list)) else [result]
+
+
+@rule("select", "unbind", "diagonal")
+def pick(walk: Walk, node: Node) -> Sequence[Planes]:
+    """Execute verbatim; where one channel is picked by its number, its whole axis is frozen."""
+    for plane in walk.of(node.args[0]):
+        if not any(planes.varying(result) for result in _verbatim(node, plane)):
+            walk.record.freeze(plane, f"picked by number ({walk.where(node)})")
+    return view(walk, node)
+
+
+@rule("repeat", "tile", "unfold", "roll")
+def verbatim_in_space(walk: Walk, node: Node) -> Sequence[Planes]:
+    """Execute verbatim on axes without labels; channels that would be repeated or rolled are frozen."""
+    for plane in walk.of(node.args[0]):
+        varies = planes.varying(plane)
+        last = list(range(plane.ndim))
+        if op_name(node) == "unfold":
+            touched = {node.args[1] % plane.ndim}
+        elif op_name(node) == "roll":
+            touched = {axis % plane.ndim for axis in node.args[2]} if len(node.args) > 2 else set(last)
+        else:
+            extra = len(node.args[1]) - plane.ndim
+            touched = {axis for axis in last if node.args[1][axis + extra] > 1}
+        if touched & set(varies):
+            walk.record.freeze(plane, f"moved along the channel axis ({walk.where(node)})")
+            return [()]
+    return view(walk, node)
+
+
+@rule("index", "index_select", "gather")
+def index(walk: Walk, node: Node) -> Sequence[Planes]:
+    """Keep the labels of axes that no index runs along; what is picked by computed numbers is frozen."""
+    shape, out = walk.shape(node.args[0]), walk.out_shape(node)
+    if op_name(node) == "index":
+        indexed = [axis for axis, given in enumerate(node.args[1]) if given is not None]
+    else:
+        indexed = [node.args[1] % len(shape)] if op_name(node) == "index_select" else list(range(len(shape)))
+    adjacent = indexed == list(range(indexed[0], indexed[-1] + 1))
+    inserted = len(out) - (len(shape) - len(indexed))
+    start = indexed[0] if adjacent else 0
+    results = []
+    for plane in walk.of(node.args[0]):
+        if set(planes.varying(plane)) & set(indexed) or inserted < 0:
+            walk.record.freeze(plane, f"picked by computed numbers ({walk.where(node)})")
+            continue
+        for axis in reversed(indexed):
+            plane = plane.select(axis, 0)
+        for _ in range(inserted):
+            plane = plane.unsqueeze(start)
+        results.append(plane.expand(out))
+    return [tuple(results)]
+
+
+@rule("pixel_shuffle", "pixel_unshuffle", "im2col")
+def fold_space(walk: Walk, node: Node) -> Sequence[Planes]:
+    """Trade channels for places: the channels that make up one channel's places are one unit."""
+    out = walk.out_shape(node)
+    results = []
+    for plane in walk.of(node.args[0]):
+        axis = plane.ndim - 3
+        if planes.varying(plane) != (axis,):
+            walk.record.freeze(plane, f"channels lie along a spatial axis ({walk.where(node)})")
+            continue
+        labels = planes.vector(plane, axis)
+        if op_name(node) == "pixel_shuffle":
+            grid = labels.reshape(-1, node.args[1] ** 2)
+            walk.record.unite(grid, grid[:, :1])
+            labels = grid[:, 0]
+        else:
+            labels = labels.repeat_interleave(out[1 if op_name(node) == "im2col" else axis] // len(labels))
+        results.append(planes.along(labels, out, 1 if op_name(node) == "im2col" else axis))
+    return [tuple(results)]
 
 
 @rule("slice")

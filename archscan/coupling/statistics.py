@@ -26,7 +26,7 @@ from archscan.coupling.walk import Walk, op_name, rule, unite_all
     "logsumexp",
 )
 def reduction(walk: Walk, node: Node) -> Sequence[Planes]:
-    """Unite what is reduced to one element; a statistic over the channel axis itself is noted, for it mixes channels."""
+    """Unite what is reduced to one element; a statistic over the channel axis alone is noted, for it mixes channels."""
     shape, out = walk.shape(node.args[0]), walk.out_shape(node)
     position = 2 if op_name(node) == "linalg_vector_norm" else 1
     axes = node.args[position] if len(node.args) > position else node.kwargs.get("dim")
@@ -35,10 +35,11 @@ def reduction(walk: Walk, node: Node) -> Sequence[Planes]:
         if shape
         else set()
     )
+    per_sample = walk.graph.values[node.args[0].value].per_sample
     results = []
     for plane in walk.of(node.args[0]):
         over = set(planes.varying(plane)) & reduced
-        if over and over == set(planes.varying(plane)):
+        if over and (over == set(planes.varying(plane)) or not per_sample):
             walk.record.mixing[f"{op_name(node)} over channels at {node.where()}"] = None
             continue
         for axis in over:  # stacked branches, reduced to one: an addition place by place
@@ -49,7 +50,7 @@ def reduction(walk: Walk, node: Node) -> Sequence[Planes]:
     return [tuple(results)] * len(node.outputs)
 
 
-@rule("_softmax", "_log_softmax", "cumsum", "cumprod", "argmax", "argmin", "topk", "sort")
+@rule("_softmax", "_safe_softmax", "_log_softmax", "cumsum", "cumprod", "argmax", "argmin", "topk", "sort")
 def along_axis(walk: Walk, node: Node) -> Sequence[Planes]:
     """Pass channels through along other axes; channels that compete along the axis itself are frozen."""
     results = []
@@ -61,15 +62,18 @@ def along_axis(walk: Walk, node: Node) -> Sequence[Planes]:
     return [tuple(results)] * len(node.outputs)
 
 
-@rule(
-    *("max_pool2d_with_indices", "max_pool3d_with_indices", "avg_pool1d", "avg_pool2d", "avg_pool3d", "max_pool2d"),
-    *("_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_max_pool2d", "adaptive_max_pool3d"),
-    *("upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_bilinear2d", "upsample_bicubic2d"),
-    *("_upsample_bilinear2d_aa", "upsample_trilinear3d", "upsample_linear1d", "reflection_pad2d", "replication_pad2d"),
-    *("reflection_pad1d", "replication_pad1d", "reflection_pad3d", "replication_pad3d"),
+_POOLING = """max_pool2d_with_indices max_pool3d_with_indices avg_pool1d avg_pool2d avg_pool3d max_pool2d
+    _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool2d adaptive_max_pool3d"""
+_RESIZING = """upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d
+    upsample_trilinear3d upsample_bicubic2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa grid_sampler_2d"""
+_BORDERS = (
+    """reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d"""
 )
+
+
+@rule(*_POOLING.split(), *_RESIZING.split(), *_BORDERS.split())
 def spatial(walk: Walk, node: Node) -> Sequence[Planes]:
-    """Pass channels through; only axes that no label runs along may change size."""
+    """Pass channels through; only axes without labels may change size."""
     shape, out = walk.shape(node.args[0]), walk.out_shape(node)
     results = []
     for plane in walk.of(node.args[0]):

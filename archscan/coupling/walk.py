@@ -158,11 +158,12 @@ def unite_all(walk: Walk, shape: Sequence[int], operands: Sequence[tuple[Planes,
     """
     found: list[Tensor] = []
     for own, _ in operands:
+        earlier = len(found)  # planes of one operand run along different axes of it, and do not meet each other
         for plane in own:
             wide = planes.broadcast(plane, shape)
             if not planes.varying(wide):
                 continue
-            index = _match(found, wide)
+            index = _match(found[:earlier], wide)
             if index is None:
                 found.append(wide)
                 continue
