@@ -15,8 +15,7 @@ so a contraction's number says later, in an ordinary run on real tensors, which 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,150 +24,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from archscan.errors import BadInput
-from archscan.meta_shapes import NORMALISATIONS, OUTPUTS
-
-Kind = Literal["parameter", "buffer", "input", "activation", "constant"]
+from archscan.graph import Graph, Kind, Node, Ref, Value, leaves_of, replace_tensors
+from archscan.meta_shapes import OUTPUTS
 
 CONTRACTIONS: frozenset[str] = frozenset(
-    {
-        *(f"conv{d}d" for d in (1, 2, 3)),
-        *(f"conv_transpose{d}d" for d in (1, 2, 3)),
-        *(
-            "linear",
-            "bilinear",
-            "matmul",
-            "__matmul__",
-            "__rmatmul__",
-            "mm",
-            "bmm",
-            "mv",
-            "addmm",
-            "baddbmm",
-            "einsum",
-            "tensordot",
-        ),
-        *("convolution", "_convolution", "dot", "scaled_dot_product_attention", "multi_head_attention_forward"),
-    }
+    (
+        "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution _convolution linear bilinear "
+        "matmul __matmul__ __rmatmul__ mm bmm mv dot addmm baddbmm einsum tensordot scaled_dot_product_attention "
+        "multi_head_attention_forward"
+    ).split()
 )
 """Names of the Python-level functions that sum products over channels, in the order of whose calls gates are placed."""
-
-
-@dataclass(frozen=True)
-class Ref:
-    """A tensor argument of a node: the number of its `Value`."""
-
-    value: int
-
-
-@dataclass(frozen=True)
-class Value:
-    """One tensor of the run.
-
-    Attributes:
-        shape: Its size, at the batch size of the capture.
-        kind: What made it.
-        name: The parameter's or buffer's path in the model; empty otherwise.
-        per_sample: Whether it depends on the model's input, and so grows with the batch.
-    """
-
-    shape: tuple[int, ...]
-    kind: Kind
-    name: str
-    per_sample: bool
-
-
-@dataclass(frozen=True)
-class Node:
-    """One executed ATen op.
-
-    Attributes:
-        op: The overload, such as ``aten.convolution.default``.
-        args: Positional arguments, tensors as `Ref`.
-        kwargs: Keyword arguments, tensors as `Ref`.
-        outputs: The number of each output tensor, None where an output is no tensor.
-        module: Path of the innermost module whose forward was running; empty for the model itself.
-        function: Name of the Python function that issued the op, such as ``adaptive_avg_pool2d``.
-        contraction: Running number of the contraction that issued the op, None outside contractions.
-    """
-
-    op: Any
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    outputs: tuple[int | None, ...]
-    module: str
-    function: str
-    contraction: int | None
-
-    @property
-    def tensors(self) -> tuple[int, ...]:
-        """Numbers of all tensor arguments, in order."""
-        leaves = _leaves((*self.args, *self.kwargs.values()))
-        return tuple(leaf.value for leaf in leaves if isinstance(leaf, Ref))
-
-    def where(self) -> str:
-        """Name the place of this op for a message."""
-        return self.module or "the model's own forward"
-
-
-def _leaves(result: Any) -> list[Any]:
-    """Everything in the nested lists and tuples that ATen ops take and return, which are simpler than pytrees."""
-    if not isinstance(result, (list, tuple)):
-        return [result]
-    return [leaf for part in result for leaf in _leaves(part)]
-
-
-def _replace_tensors(argument: Any, refer: Callable[[Tensor], Ref]) -> Any:
-    """Copy an argument with its tensors replaced by references."""
-    if isinstance(argument, Tensor):
-        return refer(argument)
-    if isinstance(argument, (list, tuple)):
-        return type(argument)(_replace_tensors(part, refer) for part in argument)
-    return argument
-
-
-def _plain(node: Node) -> tuple[str, ...]:
-    """Arguments of a node that are no tensors."""
-    leaves = _leaves((*node.args, *node.kwargs.values()))
-    return tuple(repr(leaf) for leaf in leaves if not isinstance(leaf, Ref))
-
-
-@dataclass(frozen=True)
-class Graph:
-    """One recorded run.
-
-    Attributes:
-        values: All tensors, by number.
-        nodes: All ops, in the order of execution.
-        outputs: Numbers of the tensors that the model returned.
-        batch_size: Leading size of the example input.
-        training: Whether the model ran in train mode.
-        module_types: The class of each module, by path.
-    """
-
-    values: tuple[Value, ...]
-    nodes: tuple[Node, ...]
-    outputs: tuple[int, ...]
-    batch_size: int
-    training: bool
-    module_types: Mapping[str, type]
-
-    def fingerprint(self) -> list[tuple[Any, ...]]:
-        """What couples channels in this run; two runs with equal fingerprints couple the same ones.
-
-        Ops with their places, arguments and wiring, tensors numbered by first use. Left out are ops on scalars (the
-        counters of BatchNorm) and whether a BatchNorm takes its statistics from the batch.
-        """
-        numbers: dict[int, Any] = {}
-        lines: list[tuple[Any, ...]] = []
-        for node in self.nodes:
-            read = node.tensors
-            if read and not any(self.values[number].shape for number in read):
-                continue
-            for number in (*read, *(number for number in node.outputs if number is not None)):
-                numbers.setdefault(number, (len(numbers), self.values[number].shape, self.values[number].name))
-            plain = () if node.op in NORMALISATIONS else _plain(node)
-            lines.append((node.op, node.module, tuple(numbers[number] for number in read), plain))
-        return lines
 
 
 _FORWARD_ERRORS = (RuntimeError, NotImplementedError, AssertionError, ValueError, TypeError, IndexError)
@@ -247,13 +113,13 @@ class _Recorder(TorchDispatchMode):
             refs.append(self.number(leaf, "constant", per_sample=False))
             return Ref(refs[-1])
 
-        recorded_args = tuple(_replace_tensors(arg, refer) for arg in args)
-        recorded_kwargs = {key: _replace_tensors(value, refer) for key, value in kwargs.items()}
+        recorded_args = tuple(replace_tensors(arg, refer) for arg in args)
+        recorded_kwargs = {key: replace_tensors(value, refer) for key, value in kwargs.items()}
         result = self._outputs(func, args, kwargs)
         per_sample = any(self.values[ref].per_sample for ref in refs)
         outputs = tuple(
             self.number(leaf, "activation", per_sample) if isinstance(leaf, Tensor) else None
-            for leaf in _leaves(result)
+            for leaf in leaves_of(result)
         )
         if per_sample and func._schema.is_mutable:
             self._mark_per_sample(outputs)

@@ -19,8 +19,8 @@ from typing import Literal
 import numpy as np
 from scipy import sparse
 
-from archscan.capture import Graph
 from archscan.errors import BadInput, UnsupportedOp
+from archscan.graph import Graph
 from archscan.mac_table import (
     IGNORED,
     MAC_HANDLES,

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from archscan.capture import Graph, Node, capture
+from archscan.capture import capture
 from archscan.errors import BadInput, RebuildMismatch
+from archscan.graph import Graph, Node
 from archscan.surgery import set_sizes, sizes_of
 
 Hints = Mapping[int, Sequence[tuple[int, int]]]

@@ -16,9 +16,10 @@ import networkx as nx
 import numpy as np
 from torch import Tensor, nn
 
-from archscan.capture import Graph, capture
+from archscan.capture import capture
 from archscan.coupling import Components, Record, Walk, marked, resolve
 from archscan.errors import BadInput
+from archscan.graph import Graph
 from archscan.sizes import Owners, Size, ValueSizes
 
 Role = Literal["out", "in", "affine"]

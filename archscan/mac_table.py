@@ -15,8 +15,8 @@ functions (``adaptive_avg_pool2d``) where a dispatch mode sees what they decompo
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from archscan.capture import Node, Ref
 from archscan.errors import BadInput
+from archscan.graph import Node, Ref
 from archscan.sizes import Size
 
 Sizes = tuple[Size, ...]

@@ -231,7 +231,9 @@ def _calibration(job: _Job, data: Iterable[Any] | None, loss_fn: LossFn | None) 
             raise BadInput(
                 f"data is a single {type(data).__name__}; pass batches: a data loader, or [(images, labels)]"
             )
-        batches = list(data) if iter(data) is data else data
+        if not isinstance(data, Iterable):
+            raise BadInput(f"data is a {type(data).__name__}; pass batches: a data loader, or [(images, labels)]")
+        batches = list(data) if isinstance(data, Iterator) else data  # an iterator gives its batches once only
         return _Calibration(batches, loss_fn or classification_loss, synthetic=False)
     if repairs:
         raise BadInput("recover='bn' needs real images, noise would spoil the statistics; pass data=")
@@ -343,7 +345,7 @@ def _prove(job: _Job, analysis: Analysis, made: Plan, rebuilt: Rebuilt, notes: l
         rebuilt.surgery,
         analysis.coupling,
         made.kept,
-        job.example_input,
+        _telling_input(job),
         seed=job.settings.seed,
     )
     if not verification.passed:
@@ -361,6 +363,18 @@ def _prove(job: _Job, analysis: Analysis, made: Plan, rebuilt: Rebuilt, notes: l
     if counted.by != "fvcore":
         notes.append("fvcore cannot trace this network; the MACs of the slim one were counted again by archscan.")
     return verification
+
+
+def _telling_input(job: _Job) -> Any:
+    """Put noise where the example input is one value all over, which would hide most errors."""
+    generator = torch.Generator().manual_seed(job.settings.seed)
+
+    def tell(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point() or leaf.ndim < 3 or leaf.unique().numel() > 1:
+            return leaf
+        return torch.randn(leaf.shape, generator=generator).to(leaf)
+
+    return tree_map(tell, job.example_input)
 
 
 def _recovered(job: _Job, model: nn.Module, calibration: _Calibration) -> tuple[nn.Module, str | None]:

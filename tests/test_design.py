@@ -12,7 +12,7 @@ PACKAGE = ROOT / "archscan"
 FLOW = (
     *("errors", "torchvision_ops"),
     *("reference_nets", "recipes", "weights", "hubs", "sources", "data"),
-    *("capture", "coupling", "sizes", "groups"),
+    *("meta_shapes", "graph", "capture", "coupling", "sizes", "groups"),
     *("mac_table", "costs"),
     *("losses", "probes", "gates", "criteria"),
     *("widths", "search", "planner", "bottlenecks"),

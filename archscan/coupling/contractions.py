@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from archscan.capture import Node, Ref
 from archscan.coupling import planes
 from archscan.coupling.labels import Planes, Read
 from archscan.coupling.walk import Walk, op_name, rule, unite_all
+from archscan.graph import Node, Ref
 
 
 def _axis_labels(walk: Walk, own: Planes, axis: int, where: str) -> Tensor | None:

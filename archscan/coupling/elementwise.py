@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-from archscan.capture import Node
 from archscan.coupling import planes
 from archscan.coupling.labels import Planes
 from archscan.coupling.walk import Walk, rule, unite_all
+from archscan.graph import Node
 
 _ARITHMETIC = """add sub rsub mul div pow neg abs sqrt rsqrt exp expm1 log log1p square reciprocal sign maximum minimum
     clamp clamp_min clamp_max where lerp addcmul addcdiv erf round floor ceil trunc remainder fmod fill sin cos atan2"""

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from archscan.capture import Node, Ref
 from archscan.coupling import planes
 from archscan.coupling.labels import Planes
 from archscan.coupling.walk import Walk, op_name, rule, unite_all
+from archscan.graph import Node, Ref
 
 
 @rule(

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-from archscan.capture import Node, Ref
 from archscan.coupling import planes
 from archscan.coupling.labels import Planes
 from archscan.coupling.walk import Walk, op_name, rule, unite_all
+from archscan.graph import Node, Ref
 
 
 @rule(

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from archscan.capture import Graph, Node, Ref
 from archscan.coupling import planes
 from archscan.coupling.labels import Planes, Record
 from archscan.errors import UnsupportedOp
+from archscan.graph import Graph, Node, Ref
 
 Rule = Callable[["Walk", Node], Sequence[Planes]]
 
