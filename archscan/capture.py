@@ -28,11 +28,9 @@ from archscan.graph import Graph, Kind, Node, Ref, Value, leaves_of, replace_ten
 from archscan.meta_shapes import OUTPUTS
 
 CONTRACTIONS: frozenset[str] = frozenset(
-    (
-        "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution _convolution linear bilinear "
-        "matmul __matmul__ __rmatmul__ mm bmm mv dot addmm baddbmm einsum tensordot scaled_dot_product_attention "
-        "multi_head_attention_forward"
-    ).split()
+    """conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution _convolution linear bilinear
+    matmul __matmul__ __rmatmul__ mm bmm mv dot addmm baddbmm einsum tensordot scaled_dot_product_attention
+    multi_head_attention_forward""".split()
 )
 """Names of the Python-level functions that sum products over channels, in the order of whose calls gates are placed."""
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-DEFAULT_CRITERION = "sosp-h"
+DEFAULT_CRITERION = "obd"
 """What scores channels where nothing else is asked for, from the command line and from Python."""
 
 REAL_SAMPLES, SYNTHETIC_SAMPLES = 256, 32

@@ -1,7 +1,7 @@
 """Slim a network from Python: model, example input, budget, data → `SlimResult`.
 
-The stages of the design in their order, each timed. The decision that is not obvious: a plan that some forward cannot
-follow is not an error. The groups that the forward reads are frozen with that reason, and the plan is made again.
+The stages of the design in their order, each timed. The decision that is not obvious: a budget out of reach is refused
+before anything is scored, by pricing the narrowest widths, since scores take nearly all of the time.
 """
 
 import platform
@@ -21,17 +21,17 @@ from archscan import __version__
 from archscan.costs import cost_model
 from archscan.criteria import criterion as find_criterion
 from archscan.criteria import score
-from archscan.errors import BadInput, InfeasibleBudget, RebuildMismatch
+from archscan.errors import BadInput, RebuildMismatch
 from archscan.gates import collect
-from archscan.groups import Coupling, couple, freeze
+from archscan.groups import couple
 from archscan.losses import LossFn, classification_loss, sampled_label_loss
 from archscan.options import DEFAULT_CRITERION, SYNTHETIC_SAMPLES, ProgressFactory
-from archscan.planner import Budget, Plan, plan, protect, uniform_plan
-from archscan.rebuild import CannotFollow, Rebuilt, rebuild
+from archscan.planner import Budget, protect, uniform_plan
 from archscan.recipes import Recipe
 from archscan.recognise import recognise
 from archscan.recount import recount
 from archscan.recover import recalibrate_batchnorm
+from archscan.replan import Fitted, Wish, plan_and_rebuild
 from archscan.results import Analysis, Scored, SlimResult, SlimSettings
 from archscan.surgery import named_tensors
 from archscan.verify import Verification, check_price, prove
@@ -41,7 +41,6 @@ __all__ = ["SlimResult", "SlimSettings", "Stopwatch", "analyse", "has_batchnorm"
 
 _WEIGHT_STATISTICS = frozenset({"weight_norm", "bn_scale"})
 _NOISE_BATCH_SIZE = 8
-_REPLANS = 64
 
 
 @dataclass(frozen=True)
@@ -154,25 +153,28 @@ def _slim(job: _Job, calibration: _Calibration, recipe: Recipe | None) -> SlimRe
         analysis = analyse(job.model, job.example_input, job.settings.protect)
     _require_feasible(job, analysis)
     saliency_U, scored = _saliency(job, analysis, calibration)
-    made, rebuilt, analysis, notes = _plan_and_rebuild(job, analysis, saliency_U)
+    wish = Wish(job.budget, job.settings.rule, job.settings.seed)
+    with job.watch.stage("plan and rebuild"), job.progress("Planning") as step:
+        step(0, 0)
+        fitted = plan_and_rebuild(job.model, job.example_input, analysis, saliency_U, wish)
     with job.watch.stage("verify"), job.progress("Proving the slim network") as step:
         step(0, 0)
-        verification = _prove(job, analysis, made, rebuilt, notes)
-    slim_model, recovery = _recovered(job, rebuilt.model, calibration)
+        verification, counted = _prove(job, fitted)
+    slim_model, recovery = _recovered(job, fitted.rebuilt.model, calibration)
     with job.watch.stage("recognise"):
         recipe = recipe or recognise(job.model, job.example_input)
     warnings = ["The saliency was scored on synthetic noise; pass calibration data."] if calibration.synthetic else []
     return SlimResult(
         model=slim_model.eval(),
-        plan=replace(made, provenance=_provenance(job)),
-        surgery=rebuilt.surgery,
-        analysis=analysis,
+        plan=replace(fitted.plan, provenance=_provenance(job)),
+        surgery=fitted.rebuilt.surgery,
+        analysis=fitted.analysis,
         saliency_U=saliency_U,
         scored=scored,
         verification=verification,
         recovery=recovery,
         rule=job.settings.rule,
-        notes=tuple(notes),
+        notes=(*fitted.notes, *counted),
         warnings=tuple(warnings),
         seconds=job.watch.seconds,
         recipe=recipe,
@@ -228,11 +230,9 @@ def _calibration(job: _Job, data: Iterable[Any] | None, loss_fn: LossFn | None) 
         raise BadInput("the model has no BatchNorm statistics to recalibrate; leave out recover='bn'")
     if data is not None:
         if isinstance(data, (Tensor, dict)) or (isinstance(data, tuple) and any(isinstance(x, Tensor) for x in data)):
-            raise BadInput(
-                f"data is a single {type(data).__name__}; pass batches: a data loader, or [(images, labels)]"
-            )
+            raise BadInput(f"data is one {type(data).__name__}, not batches; pass a data loader, or [(images, labels)]")
         if not isinstance(data, Iterable):
-            raise BadInput(f"data is a {type(data).__name__}; pass batches: a data loader, or [(images, labels)]")
+            raise BadInput(f"data is a {type(data).__name__}, not batches; pass a data loader, or [(images, labels)]")
         batches = list(data) if isinstance(data, Iterator) else data  # an iterator gives its batches once only
         return _Calibration(batches, loss_fn or classification_loss, synthetic=False)
     if repairs:
@@ -294,56 +294,14 @@ def _saliency(job: _Job, analysis: Analysis, calibration: _Calibration) -> tuple
     return saliency_U, Scored(statistics.samples, calibration.synthetic)
 
 
-def _plan_and_rebuild(
-    job: _Job, analysis: Analysis, saliency_U: np.ndarray
-) -> tuple[Plan, Rebuilt, Analysis, list[str]]:
-    """Plan and rebuild; where a forward cannot follow, freeze what it reads and plan again."""
-    notes: list[str] = []
-    for _ in range(_REPLANS):
-        coupling, settings = analysis.coupling, job.settings
-        with job.watch.stage("plan"):
-            try:
-                made = plan(coupling.groups, saliency_U, analysis.costs, job.budget, settings.rule, seed=settings.seed)
-            except InfeasibleBudget as error:
-                raise InfeasibleBudget("; ".join([str(error), *notes])) from error
-        try:
-            with job.watch.stage("rebuild"):
-                rebuilt = rebuild(job.model, job.example_input, coupling, made.kept)
-        except CannotFollow as error:
-            analysis = replace(analysis, coupling=_frozen_around(coupling, error))
-            notes.append(f"{error.module or 'The whole network'} keeps its width, since {error.detail}.")
-            continue
-        return made, rebuilt, analysis, notes
-    raise RebuildMismatch("too many forwards hard-code their widths; protect those modules by name")
-
-
-def _frozen_around(coupling: Coupling, error: CannotFollow) -> Coupling:
-    """Freeze the groups that touch the module whose forward cannot follow; raise the error again where none is left."""
-    inside = f"{error.module}." if error.module else ""
-    readers = [consumer for consumer in coupling.consumers if f"{consumer.module}.".startswith(inside)]
-    read = {unit for consumer in readers for unit in consumer.units.tolist()}
-    reason = f"the forward of {error.module or 'the model'} hard-codes a width"
-    reasons = {
-        group.name: reason
-        for group in coupling.groups
-        if group.frozen is None
-        and (
-            any(f"{member.module}.".startswith(inside) for member in group.members)
-            or any(unit in read for fibre in group.units for unit in fibre)
-        )
-    }
-    if not reasons:
-        raise error
-    return freeze(coupling, reasons)
-
-
-def _prove(job: _Job, analysis: Analysis, made: Plan, rebuilt: Rebuilt, notes: list[str]) -> Verification:
-    """See that the slim network is the masked original and costs what the plan says."""
+def _prove(job: _Job, fitted: Fitted) -> tuple[Verification, list[str]]:
+    """See that the slim network is the masked original and costs what the plan says; note who counted the costs."""
+    made, rebuilt = fitted.plan, fitted.rebuilt
     verification = prove(
         job.model,
         rebuilt.model,
         rebuilt.surgery,
-        analysis.coupling,
+        fitted.analysis.coupling,
         made.kept,
         _telling_input(job),
         seed=job.settings.seed,
@@ -360,9 +318,9 @@ def _prove(job: _Job, analysis: Analysis, made: Plan, rebuilt: Rebuilt, notes: l
         predicted_macs=made.after.macs,
         predicted_params=made.after.params,
     )
-    if counted.by != "fvcore":
-        notes.append("fvcore cannot trace this network; the MACs of the slim one were counted again by archscan.")
-    return verification
+    if counted.by == "fvcore":
+        return verification, []
+    return verification, ["fvcore cannot trace this network; archscan counted the MACs of the slim one a second time."]
 
 
 def _telling_input(job: _Job) -> Any:

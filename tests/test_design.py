@@ -17,7 +17,7 @@ FLOW = (
     *("losses", "probes", "gates", "criteria"),
     *("widths", "search", "planner", "bottlenecks"),
     *("surgery", "follow", "rebuild", "recover", "verify", "recount", "recognise", "export", "evaluation"),
-    *("options", "report", "results", "saved", "slimming", "pipeline"),
+    *("options", "report", "results", "saved", "replan", "slimming", "pipeline"),
     *("arguments", "cli", "__main__"),
 )
 """Files in the order in which data flow through them; each imports only from files before it."""
