@@ -27,6 +27,9 @@ from archscan.options import (
 
 CRITERIA_HELP = "random, magnitude, bn-scale, taylor-fo, taylor-abs, taylor-so, obd, sosp-i, sosp-h"
 
+MOST_THREADS = 1024
+"""OpenMP crashes the process when it cannot start as many threads as it was told to."""
+
 EXAMPLES = """
 examples:
   archscan resnet50 --target-flops 0.6 --data images/
@@ -175,7 +178,7 @@ def _add_batch_size(group: argparse._ActionsContainer, default: int) -> None:
 def _add_run(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     group = parser.add_argument_group("run")
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
-    group.add_argument("--threads", type=_count, metavar="N", help="CPU threads (default: torch's choice)")
+    group.add_argument("--threads", type=_thread_count, metavar="N", help="CPU threads (default: torch's choice)")
     return group
 
 
@@ -220,6 +223,13 @@ def _count(text: str) -> int:
     number = _whole(text)
     if number == 0:
         raise argparse.ArgumentTypeError("0 is too few; at least 1 is needed")
+    return number
+
+
+def _thread_count(text: str) -> int:
+    number = _count(text)
+    if number > MOST_THREADS:
+        raise argparse.ArgumentTypeError(f"{number} threads are more than any machine has use for")
     return number
 
 

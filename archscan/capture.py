@@ -27,11 +27,12 @@ from archscan.errors import BadInput
 from archscan.graph import Graph, Kind, Node, Ref, Value, leaves_of, replace_tensors
 from archscan.meta_shapes import OUTPUTS
 
-CONTRACTIONS: frozenset[str] = frozenset(
-    """conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution _convolution linear bilinear
-    matmul __matmul__ __rmatmul__ mm bmm mv dot addmm baddbmm einsum tensordot scaled_dot_product_attention
-    multi_head_attention_forward""".split()
-)
+_CONVOLUTIONS = frozenset(f"conv{kind}{dims}d" for kind in ("", "_transpose") for dims in (1, 2, 3))
+_PRODUCTS = frozenset({"linear", "bilinear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "mv", "dot", "addmm"})
+_OTHERS = frozenset({"baddbmm", "einsum", "tensordot", "convolution", "_convolution"})
+_ATTENTION = frozenset({"scaled_dot_product_attention", "multi_head_attention_forward"})
+
+CONTRACTIONS = _CONVOLUTIONS | _PRODUCTS | _OTHERS | _ATTENTION
 """Names of the Python-level functions that sum products over channels, in the order of whose calls gates are placed."""
 
 

@@ -1,8 +1,10 @@
 """The commands: options → stages → `Report`. Everything between the command line and the Python API."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import wraps
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +36,26 @@ from archscan.sources import Subject, WeightsInfo, list_networks, open_subject
 from archscan.widths import WidthRule
 
 SYNTHETIC = "synthetic"
+
+_Given = ParamSpec("_Given")
+_Result = TypeVar("_Result")
+
+
+def _refusing_bad_files(command: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
+    """Turn what the system says of a file (a name too long, no permission, no space) into a refusal."""
+
+    @wraps(command)
+    def run(*arguments: _Given.args, **keywords: _Given.kwargs) -> _Result:
+        try:
+            return command(*arguments, **keywords)
+        except BrokenPipeError:  # says that nobody reads any more, and nothing of a file
+            raise
+        except OSError as error:
+            name = str(error.filename or "a file")
+            short = name if len(name) <= 80 else f"{name[:77]}…"
+            raise BadInput(f"{short} cannot be used ({error.strerror or error}); give another") from error
+
+    return run
 
 
 @dataclass(frozen=True)
@@ -69,6 +91,7 @@ class _Images:
 # --- archscan MODEL -------------------------------------------------------------------------------------------------
 
 
+@_refusing_bad_files
 def slim_command(options: SlimOptions, progress: ProgressFactory) -> Saved:
     """Run ``archscan MODEL``: open, score, plan, rebuild, prove, repair, measure, save.
 
@@ -83,7 +106,7 @@ def slim_command(options: SlimOptions, progress: ProgressFactory) -> Saved:
         subject = _open(options.model, options)
         history = export.read_history(options.model.name) if is_saved(options.model.name) else ()
     folder = options.output.folder or _default_folder(subject, options)
-    _check_folder(folder, overwrite=options.output.overwrite)
+    export.check_target(folder, overwrite=options.output.overwrite)
     recover = _recovery(options, subject)
     with watch.stage("data"):
         images = _read_images(options, subject, recover, progress)
@@ -92,8 +115,7 @@ def slim_command(options: SlimOptions, progress: ProgressFactory) -> Saved:
     result = replace(
         result, plan=_with_source(result, subject, images, options), recipe=subject.recipe, history=history
     )
-    with watch.stage("evaluate"):
-        accuracy = _accuracy(model, result.model, images.evaluation, progress)
+    accuracy = _accuracy(model, result.model, images.evaluation, watch, progress)
     context = Context(
         model=subject.name,
         input_shape=tuple(subject.example_input.shape[1:]),
@@ -107,7 +129,8 @@ def slim_command(options: SlimOptions, progress: ProgressFactory) -> Saved:
     )
     result = replace(result, model=result.model.cpu(), seconds={**watch.seconds, **result.seconds})
     report = report_of(result, context)
-    return Saved(report, save_result(result, report, folder, overwrite=options.output.overwrite))
+    save_result(result, report, folder, overwrite=options.output.overwrite)
+    return Saved(report, folder.expanduser())
 
 
 def _check_options(options: SlimOptions) -> None:
@@ -122,13 +145,6 @@ def _check_options(options: SlimOptions) -> None:
             f"--criterion {options.criterion} looks at weights only, so that --data would have no effect; "
             "leave it out, or let --recover bn use it"
         )
-
-
-def _check_folder(folder: Path, *, overwrite: bool) -> None:
-    try:
-        export.check_target(folder, overwrite=overwrite)
-    except OSError as error:  # a name that is too long, say
-        raise BadInput(f"{folder} cannot be written to ({error.strerror}); pass another --output") from error
 
 
 def _default_folder(subject: Subject, options: SlimOptions) -> Path:
@@ -214,14 +230,15 @@ def _with_source(result: SlimResult, subject: Subject, images: _Images, options:
 
 
 def _accuracy(
-    dense: nn.Module, slim_model: nn.Module, images: ImageSet | None, progress: ProgressFactory
+    dense: nn.Module, slim_model: nn.Module, images: ImageSet | None, watch: Stopwatch, progress: ProgressFactory
 ) -> numbers.Accuracy | None:
     if images is None:
         return None
-    with progress("Evaluating the original") as step:
-        before = top_one(dense, Batches(images), step)
-    with progress("Evaluating the slim network") as step:
-        after = top_one(slim_model, Batches(images), step)
+    with watch.stage("evaluate"):
+        with progress("Evaluating the original") as step:
+            before = top_one(dense, Batches(images), step)
+        with progress("Evaluating the slim network") as step:
+            after = top_one(slim_model, Batches(images), step)
     return numbers.Accuracy(before.accuracy, after.accuracy, after.samples)
 
 
@@ -263,6 +280,7 @@ def _notes(options: SlimOptions, images: _Images) -> Iterator[str]:
 # --- the other commands ---------------------------------------------------------------------------------------------
 
 
+@_refusing_bad_files
 def scan_command(options: ScanOptions, progress: ProgressFactory) -> Report:
     """Run ``archscan scan MODEL``: costs, groups, coupling; weights play no part."""
     watch = Stopwatch()
@@ -291,11 +309,13 @@ def list_command(pattern: str | None) -> list[str]:
     return found
 
 
+@_refusing_bad_files
 def show_command(folder: Path) -> Report:
     """Run ``archscan show DIR``: read the numbers of a saved result."""
     return read_result(folder)[0]
 
 
+@_refusing_bad_files
 def evaluate_command(options: EvaluateOptions, progress: ProgressFactory) -> Evaluation:
     """Run ``archscan evaluate DIR``: accuracy of a saved result, and of the original where its weights are at hand."""
     device = use_machine(options.run)

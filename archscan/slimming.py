@@ -161,8 +161,9 @@ def _slim(job: _Job, calibration: _Calibration, recipe: Recipe | None) -> SlimRe
         step(0, 0)
         verification, counted = _prove(job, fitted)
     slim_model, recovery = _recovered(job, fitted.rebuilt.model, calibration)
-    with job.watch.stage("recognise"):
-        recipe = recipe or recognise(job.model, job.example_input)
+    if recipe is None:
+        with job.watch.stage("recognise"):
+            recipe = recognise(job.model, job.example_input)
     warnings = ["The saliency was scored on synthetic noise; pass calibration data."] if calibration.synthetic else []
     return SlimResult(
         model=slim_model.eval(),

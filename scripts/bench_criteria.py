@@ -46,7 +46,8 @@ PEERS = tuple(
 )
 RATIOS = (0.8, 0.6, 0.5)
 ROUND = 0.05
-STREAM = ("conv1", "layer*.conv2")
+STREAM = ("bn1", "layer*.bn2")
+"""The BatchNorms after what `/kept` protects; a protected convolution would keep its inputs as well."""
 WAYS = ("", "kept", "rounds")
 CRITERIA_USE = """archscan scores once where nothing else is said; `/rounds` slims in steps of 5 % of the dense MACs and
 scores anew before each, `/kept` protects the first convolution and every block's second one, so that only widths inside

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from coverage_statistics import error_with_same_statistics
+from coverage_statistics import compare_with_same_statistics
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -36,6 +36,9 @@ SIDES = (64, 96, 128, 160, 192, 224, 256, 288, 320, 384)
 CLIPS = ((3, 4, 32, 32), (3, 8, 64, 64), (3, 16, 64, 64), (3, 16, 112, 112), (3, 16, 224, 224))
 PRODUCTS = {"conv", "linear", "matmul", "bmm", "addmm", "einsum"}
 """What fvcore calls the operators that `FlopCounterMode` counts too, at two FLOPs for each multiply-accumulate."""
+
+LEAST_EFFECT = 1e-5
+"""A proof counts where the channels that were removed would have changed the outputs by this fraction or more."""
 
 Record = dict[str, Any]
 Report = Callable[[str], None]
@@ -170,11 +173,16 @@ def describe_plan(result: SlimResult, target: float) -> Record:
     }
 
 
-def _same_statistics(model: nn.Module, result: SlimResult, example: Tensor) -> Record:
-    """Prove a network in which statistics mix channels; see `coverage_statistics`."""
+def prove_with_same_statistics(model: nn.Module, result: SlimResult, example: Tensor) -> tuple[Record, str]:
+    """Prove a network in which statistics mix channels (`coverage_statistics`); return what was seen and what failed."""
     coupling = result.analysis.coupling
-    error, played, constants = error_with_same_statistics(model, result.surgery, coupling, result.plan.kept, example)
-    return {"error": error, "played_back": played, "constants": constants}
+    seen = compare_with_same_statistics(model, result.surgery, coupling, result.plan.kept, example)
+    cause = ""
+    if not seen.error <= TOLERANCE[torch.float64]:
+        cause = f"the outputs differ by {seen.error:.3g}"
+    elif not seen.effect >= LEAST_EFFECT:
+        cause = f"nothing is proven: the removed channels change the outputs by {seen.effect:.3g} only"
+    return vars(seen).copy(), cause
 
 
 def check_price(result: SlimResult, example: Tensor) -> tuple[Record, str]:
@@ -327,9 +335,8 @@ def examine(network: str, report: Report) -> Record:
             record["plans"][criterion] = plan = describe_plan(result, target)
             record["frozen"] = frozen_channels(model, result.analysis.coupling)
             if result.analysis.coupling.mixing:
-                plan["same_statistics"] = same = _same_statistics(model, result, example)
-                if same["error"] > TOLERANCE[torch.float64]:
-                    problems.add(f"same statistics, {criterion}", f"the outputs differ by {same['error']:.3g}")
+                plan["same_statistics"], cause = prove_with_same_statistics(model, result, example)
+                problems.add(f"same statistics, {criterion}", cause)
             if not target - 0.02 <= plan["ratio"] <= target:
                 problems.add("target", f"the plan keeps {plan['ratio']:.3f} of the MACs where {target} was asked for")
     if result is None:

@@ -276,6 +276,99 @@ class Functional(nn.Module):
         return self.head(F.relu(x.mean((2, 3)) @ self.matrix))
 
 
+class SelectiveKernel(nn.Module):
+    """Two branches, stacked, weighted by a softmax over the branches, and summed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(3, 8, 5, padding=2)
+        self.reduce, self.select = nn.Conv2d(8, 4, 1), nn.Conv2d(4, 16, 1)
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.stack([self.a(x), self.b(x).relu()], dim=1)
+        weights = self.select(self.reduce(x.sum(1).mean((2, 3), keepdim=True)).relu())
+        weights = weights.view(x.shape[0], 2, -1, 1, 1).softmax(dim=1)
+        return self.fc((x * weights).sum(1).mean((2, 3)))
+
+
+class SubPixel(nn.Module):
+    """Channels traded for places, there and back again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.middle = nn.Conv2d(3, 12, 3, padding=1), nn.Conv2d(3, 5, 3, padding=1)
+        self.after, self.head = nn.Conv2d(20, 6, 1), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.middle(F.pixel_shuffle(F.relu(self.conv(x)), 2))
+        return self.head(self.after(F.pixel_unshuffle(x, 2)).mean((2, 3)))
+
+
+class GatedLinear(nn.Module):
+    """One half of the channels gates the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head, self.fc = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(8, 6, 1), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.head(F.glu(self.conv(x), dim=1)).mean((2, 3)))
+
+
+class ChannelAttention(nn.Module):
+    """A convolution that slides along the channels (ECA)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.slide = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Conv1d(1, 1, 3, padding=1)
+        self.head, self.fc = nn.Conv2d(8, 6, 1), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn(self.conv(x)))
+        gate = self.slide(x.mean((2, 3)).unsqueeze(1)).squeeze(1).sigmoid()
+        return self.fc(self.head(x * gate[:, :, None, None]).mean((2, 3)))
+
+
+class Windows(nn.Module):
+    """Space rolled, unfolded into windows, and read by a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.mix = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8 * 4, 6)
+        self.patches, self.fc = nn.Linear(6 * 9, 7), nn.Linear(7, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.roll(F.relu(self.conv(x)), (1, 1), (2, 3))
+        n, c, h, w = x.shape
+        x = x.view(n, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(n, h // 2, w // 2, c * 4)
+        x = self.mix(x).permute(0, 3, 1, 2)
+        return self.fc(self.patches(F.unfold(x, 3).transpose(1, 2)).relu().mean(1))
+
+
+class GroupNormed(nn.Module):
+    """A GroupNorm of two groups, which must keep equally many channels each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.fc = nn.Conv2d(3, 12, 3, padding=1), nn.GroupNorm(2, 12), nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(F.relu(self.norm(self.conv(x))).mean((2, 3)))
+
+
+class Volumes(nn.Module):
+    """Three-dimensional convolutions on frames made of the channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn, self.conv2 = nn.Conv3d(1, 8, 3, padding=1), nn.BatchNorm3d(8), nn.Conv3d(8, 6, (1, 3, 3))
+        self.fc = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(F.relu(self.conv2(F.relu(self.bn(self.conv1(x.unsqueeze(1)))))).mean((2, 3, 4)))
+
+
 @dataclass(frozen=True)
 class Case:
     """One network and what coupling must find: units of each live group, [fibres x steps], in order."""
@@ -306,6 +399,13 @@ CASES = {
     "channels-last": Case(ChannelsLast, ("stem 1x8", "fc1 1x12"), mixing=True),
     "transposed": Case(Transposed, ("down 1x8", "up 1x6")),
     "auxiliary": Case(Auxiliary, ("conv1 1x8", "conv2 1x6", "aux 1x4")),
+    "selective-kernel": Case(SelectiveKernel, ("a 1x8", "reduce 1x4")),
+    "sub-pixel": Case(SubPixel, ("conv 1x3", "middle 1x5", "after 1x6")),
+    "gated-linear": Case(GatedLinear, ("conv 1x8", "head 1x6")),
+    "channel-attention": Case(ChannelAttention, ("conv 1x8", "head 1x6"), mixing=True),
+    "windows": Case(Windows, ("conv 1x8", "mix 1x6", "patches 1x7")),
+    "group-norm": Case(GroupNormed, ("conv 2x6",), mixing=True),
+    "volumes": Case(Volumes, ("conv1 1x8", "conv2 1x6")),
     "functional": Case(Functional, ("weight 1x8", "matrix 1x6")),
 }
 

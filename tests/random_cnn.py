@@ -86,8 +86,8 @@ def _transposed(dims: int, channels: int, variant: int, width: int) -> nn.Module
     return layers.TRANSPOSED[dims - 1](channels, outputs, 2, stride=2 if variant < 3 else 1, groups=groups)
 
 
-def _resample(dims: int, variant: int) -> nn.Module:
-    if variant < 2:
+def _resample(dims: int, x: Tensor, variant: int) -> nn.Module:
+    if variant < 2 and min(x.shape[2:]) > 1:
         return (layers.MAX_POOL, layers.AVG_POOL)[variant][dims - 1](2, ceil_mode=True)
     return nn.Upsample(scale_factor=2) if variant < 4 else nn.AdaptiveAvgPool1d(3) if dims == 1 else nn.Identity()
 
@@ -104,6 +104,7 @@ PATTERNS: Mapping[str, Callable[[int, Tensor, Tensor, int, int], nn.Module]] = {
     "binary": lambda d, x, y, v, w: layers.Binary(d, x, y, v),
     "concat": lambda d, x, y, v, w: layers.Concat(d, x, y, v),
     "split": lambda d, x, y, v, w: layers.Split(x.shape[1], v),
+    "pick": lambda d, x, y, v, w: layers.Pick(d, x.shape[1], v),
     "shuffle": lambda d, x, y, v, w: layers.Shuffle(2 if x.shape[1] % 2 == 0 else 1, v % 2),
     "grouped": lambda d, x, y, v, w: _grouped(d, x.shape[1], v, w),
     "transposed": lambda d, x, y, v, w: _transposed(d, x.shape[1], v, w),
@@ -112,8 +113,9 @@ PATTERNS: Mapping[str, Callable[[int, Tensor, Tensor, int, int], nn.Module]] = {
     "slice_add": lambda d, x, y, v, w: layers.SliceAdd(d, x.shape[1], v % 3),
     "reorder": lambda d, x, y, v, w: layers.Reorder(x.shape[1], v),
     "pad": lambda d, x, y, v, w: layers.Pad(d, v),
-    "resample": lambda d, x, y, v, w: _resample(d, v),
+    "resample": lambda d, x, y, v, w: _resample(d, x, v),
     "functional": lambda d, x, y, v, w: layers.Functional(d, x.shape[1], w, v),
+    "standardised": lambda d, x, y, v, w: layers.Standardised(d, x.shape[1], w, v),
     "channels_last": lambda d, x, y, v, w: layers.ChannelsLast(x.shape[1], w, v % 3),
     "across": lambda d, x, y, v, w: layers.AcrossChannels(d, x.shape[1], v % 5),
     "selective": lambda d, x, y, v, w: layers.SelectiveKernel(d, x.shape[1]),
@@ -130,7 +132,8 @@ class RandomCNN(nn.Module):
 
     def __init__(self, program: Program) -> None:
         super().__init__()
-        self.head_kind, self.steps = program.head, []
+        self.head_kind = program.head
+        self.steps: list[tuple[str, tuple[int, ...]]] = []
         self.stem, self.body = layers.conv(program.dims, 3, 8, 3), nn.ModuleDict()
         self.unused = nn.Conv2d(3, 5, 1)
         with torch.no_grad():
@@ -146,7 +149,9 @@ class RandomCNN(nn.Module):
         first, second = (len(values) - 1 - back % len(values) for back in (instruction.first, instruction.second))
         width = WIDTHS[instruction.width % len(WIDTHS)]
         x, y = values[first], values[second]
-        if instruction.pattern == "split" and (x.shape[1] < 2 or (instruction.variant in (0, 3) and x.shape[1] % 2)):
+        least = {"split": 3, "pick": 2}.get(instruction.pattern, 1)
+        halves = instruction.pattern == "split" and instruction.variant in (0, 3)
+        if x.shape[1] < least or (halves and x.shape[1] % 2):
             return
         module = PATTERNS[instruction.pattern](program.dims, x, y, instruction.variant, width)
         args = (first, second) if isinstance(module, TWO_INPUTS) else (first,)

@@ -1,10 +1,8 @@
 """The vocabulary of random CNNs: one small module per pattern that real networks are made of.
 
-Every module takes activations of one size in space, [N, C, *space], and returns activations of the same rank. `VOCABULARY`
-maps a name to a factory ``(dims, inputs, variant, width) -> module or None``, None where the inputs do not suit it.
+Every module takes activations [N, C, *space] and returns activations of the same rank; its variants are the ways in
+which people write the pattern.
 """
-
-from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +18,10 @@ FUNCTIONAL_CONV = (F.conv1d, F.conv2d, F.conv3d)
 ADAPTIVE = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
 ADAPTIVE_MAX = (F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d)
 
-Inputs = Sequence[Tensor]
-Factory = Callable[[int, Inputs, int, int], nn.Module | None]
+
+def resized(x: Tensor, like: Tensor) -> Tensor:
+    """Pool an activation to the size in space of another."""
+    return ADAPTIVE[x.ndim - 3](x, tuple(like.shape[2:]))  # type: ignore[arg-type]
 
 
 def conv(dims: int, inputs: int, outputs: int, kernel: int = 1, **options: int | bool) -> nn.Module:
@@ -43,7 +43,7 @@ class Fit(nn.Module):
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
         second = self.project(second)
-        return ADAPTIVE[first.ndim - 3](second, first.shape[2:]) if self.resize else second
+        return resized(second, first) if self.resize else second
 
 
 class Binary(nn.Module):
@@ -79,7 +79,7 @@ class Concat(nn.Module):
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
         if self.resize:
-            second = ADAPTIVE[first.ndim - 3](second, first.shape[2:])
+            second = resized(second, first)
         return torch.cat([first, second, first] if self.variant == 2 else [second, first], 1)
 
 
@@ -89,7 +89,7 @@ class Split(nn.Module):
     def __init__(self, channels: int, variant: int) -> None:
         super().__init__()
         self.variant, self.bound = variant, max(1, channels // 3)
-        self.sizes = [self.bound, channels - self.bound]
+        self.upper, self.sizes = min(2 * self.bound, channels - 1), [self.bound, channels - self.bound]
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         if self.variant == 0:
@@ -100,7 +100,31 @@ class Split(nn.Module):
             return x[:, : self.bound], x[:, self.bound :]
         if self.variant == 3:
             return torch.split(x, x.shape[1] // 2, 1)[:2]
-        return x.narrow(1, 0, self.bound), x[:, -self.bound :]
+        if self.variant == 4:
+            return x.narrow(1, 0, self.bound), x[:, -self.bound :]
+        return x[:, self.bound : self.upper], torch.cat([x[:, : self.bound], x[:, self.upper :]], 1)
+
+
+class Pick(nn.Module):
+    """A single channel or a window of channels, by a number in the code or in an attribute, as a gate of all others."""
+
+    def __init__(self, dims: int, channels: int, variant: int) -> None:
+        super().__init__()
+        self.variant, self.place, self.conv = variant, channels // 2, conv(dims, 1, channels)
+        self.pair = conv(dims, min(2, channels - 1), channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.variant == 0:
+            return x * x[:, :1].sigmoid()
+        if self.variant == 1:
+            return x + self.conv(x[:, self.place : self.place + 1])
+        if self.variant == 2:
+            return x + self.conv(x[:, self.place].unsqueeze(1))
+        if self.variant == 3:
+            return x * x.unbind(1)[-1].unsqueeze(1).sigmoid()
+        if self.variant == 4:
+            return x + self.pair(x[:, 1:3])
+        return x + self.conv(x.split(1, 1)[self.place])
 
 
 class Shuffle(nn.Module):
@@ -119,6 +143,8 @@ class Shuffle(nn.Module):
 
 class Reorder(nn.Module):
     """Channels in another order, or some of them."""
+
+    order: Tensor
 
     def __init__(self, channels: int, variant: int) -> None:
         super().__init__()
@@ -235,6 +261,8 @@ class ChannelsLast(nn.Module):
 class Functional(nn.Module):
     """Parameters and buffers that a forward uses itself: scales, a weight, a kernel, a standardised weight."""
 
+    blur: Tensor
+
     def __init__(self, dims: int, channels: int, width: int, variant: int) -> None:
         super().__init__()
         self.dims, self.variant = dims, variant
@@ -259,6 +287,27 @@ class Functional(nn.Module):
             flat = (flat - flat.mean(1, keepdim=True)) / (flat.std(1, keepdim=True) + 1e-5)
             return convolve(x, flat.view_as(self.weight), padding=1)
         return torch.einsum("nc...,oc->no...", x, self.weight.flatten(2)[..., 0])
+
+
+class Standardised(nn.Module):
+    """A standardised weight, grouped or not: by batch_norm as in timm, or by hand over all but the output axis."""
+
+    def __init__(self, dims: int, channels: int, width: int, variant: int) -> None:
+        super().__init__()
+        self.by_hand, self.dims = variant % 2 == 1, dims
+        groups = next(count for count in ((1,), (2, 3, 1), (4, 2, 1))[variant // 2] if channels % count == 0)
+        self.conv = CONV[dims - 1](channels, groups * max(1, width // groups), 3, padding=1, groups=groups)
+        self.gain = nn.Parameter(torch.ones(self.conv.out_channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.conv.weight
+        if self.by_hand:
+            spread, mean = torch.std_mean(weight, dim=tuple(range(1, weight.ndim)), keepdim=True)
+            weight = self.gain.view(-1, *[1] * (self.dims + 1)) * (weight - mean) / (spread + 1e-3)
+        else:
+            flat = weight.reshape(1, self.conv.out_channels, -1)
+            weight = F.batch_norm(flat, None, None, weight=self.gain, training=True).reshape_as(weight)
+        return FUNCTIONAL_CONV[self.dims - 1](x, weight, self.conv.bias, padding=1, groups=self.conv.groups)
 
 
 class Twice(nn.Module):

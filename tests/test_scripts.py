@@ -18,11 +18,13 @@ from archscan.sources import open_subject
 pytest.importorskip("torch_pruning")
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
+"""What the scripts ask for; with it they need not start themselves anew."""
 
 
 def run(name: str, *arguments: str, output: Path) -> tuple[dict, str]:
     command = [sys.executable, str(SCRIPTS / f"{name}.py"), *arguments, "--output", str(output)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TERM": "dumb"})
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **ENVIRONMENT})
     assert done.returncode == 0, done.stderr
     markdown = output.with_name(f"{output.name}.md").read_text(encoding="utf-8")
     data = json.loads(output.with_name(f"{output.name}.json").read_text(encoding="utf-8"))

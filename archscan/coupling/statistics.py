@@ -55,9 +55,13 @@ def along_axis(walk: Walk, node: Node) -> Sequence[Planes]:
     """Pass channels through along other axes; channels that compete along the axis itself are frozen."""
     results = []
     for plane in walk.of(node.args[0]):
-        if node.args[1] is None or node.args[1] % plane.ndim in planes.varying(plane):
+        axis, varies = node.args[1], planes.varying(plane)
+        if axis is None or (axis % plane.ndim in varies and len(varies) == 1):
             walk.record.freeze(plane, f"normalised over channels ({walk.where(node)})")
-        elif tuple(plane.shape) == walk.out_shape(node):
+            continue
+        if axis % plane.ndim in varies:  # branches that compete for each channel, as in selective kernels
+            walk.record.unite(plane, plane.narrow(axis, 0, 1))
+        if tuple(plane.shape) == walk.out_shape(node):
             results.append(plane)
     return [tuple(results)] * len(node.outputs)
 

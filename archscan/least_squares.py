@@ -1,0 +1,386 @@
+"""Re-solve one layer's weights by ridge regression: samples of inputs and targets → `Solution`.
+
+What a layer computes at one position is y = W x + b per group of the convolution, with x one column of its im2col
+matrix; behind it may come an affine map per output (BatchNorm in eval mode) and a shortcut:
+
+    p = scale · (W x + b) + offset + shortcut
+
+Given targets t for p, the change Δ of W and the change of b minimise ‖t − p‖² + ridge · ‖scale · Δ‖², so that a large
+ridge gives back the weights that are there, not zeros. Where a rectifier reads p, ‖relu(t) − relu(p)‖² counts instead:
+a target t ≤ 0 asks for no more than p ≤ 0, and is replaced by min(p, 0) of the solution so far. That majorises the
+loss, and the Gram matrix stays the same (Zhang et al. 2015, "Accelerating very deep convolutional networks", solve the
+same problem by alternation).
+
+Shape suffixes: G groups of the convolution, K columns (inputs of one output), O outputs of one group, R rows
+(positions of all images). Products are summed in float64 in chunks; the im2col matrix never exists as a whole.
+
+The decision that is not obvious: moments are taken of the *error* that the present weights leave, not of the targets.
+The ridge then pulls towards those weights, the error of any change follows from the moments alone, and wide layers are
+solved block by block of their columns with the same code.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+RIDGES = tuple(10.0**power for power in range(-6, 2))
+"""Candidate strengths, in units of the mean of the Gram matrix's diagonal."""
+
+_CHUNK_VALUES = 1 << 22
+_DEAD_SCALE = 1e-6
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much work to put into one layer.
+
+    Attributes:
+        rows_per_column: Positions are left out, evenly, down to this multiple of the columns; infinite for all.
+        block_columns: Wider layers are solved block by block; a Gram matrix takes 8 · block_columns² bytes.
+        rectified_sweeps: How often targets that a rectifier hides are replaced.
+        ridges: Strengths to choose from by hold-out.
+    """
+
+    rows_per_column: float = 64.0
+    block_columns: int = 4608
+    rectified_sweeps: int = 4
+    ridges: tuple[float, ...] = RIDGES
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """A convolution as it was called, and what is behind it; a linear layer is a 1 × 1 convolution.
+
+    Attributes:
+        weight: OIHW; not changed.
+        bias: Per output, zeros where there is none; not changed.
+        scale: Of the BatchNorm behind it, per output; ones where there is none.
+        offset: Likewise; zeros where there is none.
+        stride: Height and width.
+        padding: Zeros to the left, to the right, above and below.
+        dilation: Height and width.
+        groups: Of the convolution.
+        intercept: Whether the bias may change.
+        rectified: Whether a rectifier, and nothing else, reads the result.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    scale: Tensor
+    offset: Tensor
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+    intercept: bool = True
+    rectified: bool = False
+
+    @property
+    def columns(self) -> int:
+        """K: inputs of one output."""
+        return self.weight[0].numel()
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One batch: what goes into a layer, and what should come out behind it; all NCHW.
+
+    Attributes:
+        inputs: Of the slim network.
+        target: Of the original network, which may have more outputs.
+        kept: Numbers of the outputs that the slim network has too; None for all.
+        shortcut: What the slim network adds behind the layer; None where it adds nothing.
+    """
+
+    inputs: Tensor
+    target: Tensor
+    kept: Tensor | None = None
+    shortcut: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """What was found for a layer.
+
+    Attributes:
+        weight: To put in place of the old one, in its precision; the old one where no change was better.
+        bias: Likewise.
+        ridge: The strength chosen; infinite where the weights stay.
+        error_before: ‖t − p‖² on the hold-out, rectified where the layer is, relative to the variance of the targets.
+        error_after: The same with the new weights; never larger.
+        rows: Positions that it was fitted to.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    ridge: float
+    error_before: float
+    error_after: float
+    rows: int
+
+
+@dataclass(frozen=True, eq=False)
+class _Change:
+    """What is added to the weights (GKO) and to the bias (GO), in float64."""
+
+    weight_GKO: Tensor
+    bias_GO: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class _Chunk:
+    """Some positions: columns, targets, and what is added behind the layer."""
+
+    columns_GKR: Tensor
+    target_GOR: Tensor
+    shortcut_GOR: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class _Moments:
+    """Sums over positions of products of columns x and errors e, the latter in units of y."""
+
+    gram_GKK: Tensor
+    cross_GKO: Tensor
+    column_GK: Tensor
+    error_GO: Tensor
+    square_GO: Tensor
+    rows: int
+
+    def centred_gram(self, intercept: bool) -> Tensor:
+        """Give XᵀX about the means, where an intercept takes these away."""
+        if not intercept:
+            return self.gram_GKK
+        return self.gram_GKK - torch.einsum("gk,gl->gkl", self.column_GK / self.rows, self.column_GK)
+
+    def centred_cross(self, intercept: bool) -> Tensor:
+        """Give XᵀE about the means, likewise."""
+        if not intercept:
+            return self.cross_GKO
+        return self.cross_GKO - torch.einsum("gk,go->gko", self.column_GK / self.rows, self.error_GO)
+
+    def with_intercept(self, weight_GKO: Tensor, intercept: bool) -> _Change:
+        """Add the best change of the bias to a change of the weights."""
+        if not intercept:
+            return _Change(weight_GKO, torch.zeros_like(self.error_GO))
+        rest_GO = self.error_GO - torch.einsum("gk,gko->go", self.column_GK, weight_GKO)
+        return _Change(weight_GKO, rest_GO / self.rows)
+
+    def squared_error(self, step: _Change) -> Tensor:
+        """Give ‖e − Δᵀx − b‖² of every output."""
+        weight_GKO, bias_GO = step.weight_GKO, step.bias_GO
+        linear_GO = (weight_GKO * self.cross_GKO).sum(1) + bias_GO * self.error_GO
+        quadratic_GO = (weight_GKO * (self.gram_GKK @ weight_GKO)).sum(1) + self.rows * bias_GO.square()
+        mixed_GO = bias_GO * torch.einsum("gk,gko->go", self.column_GK, weight_GKO)
+        return self.square_GO - 2 * linear_GO + quadratic_GO + 2 * mixed_GO
+
+
+@dataclass(frozen=True, eq=False)
+class _Factor:
+    """A factorised normal equation of a block of columns, to be solved for other targets again."""
+
+    block: slice
+    cholesky_GKK: Tensor
+    strength_G11: Tensor
+    ridge: float
+
+    def step(self, moments: _Moments, change: _Change, intercept: bool) -> _Change:
+        """Solve (XᵀX + strength) Δ = XᵀE − strength · (change so far)."""
+        pull_GKO = self.strength_G11 * change.weight_GKO[:, self.block]
+        weight_GKO = torch.cholesky_solve(moments.centred_cross(intercept) - pull_GKO, self.cholesky_GKK)
+        return moments.with_intercept(weight_GKO, intercept)
+
+
+class _Stream:
+    """The samples of one layer as chunks of positions, in float64."""
+
+    def __init__(self, layer: Layer, samples: Sequence[Sample], effort: Effort) -> None:
+        self.layer = layer
+        self.samples = samples
+        self.shape_GO = (layer.groups, len(layer.weight) // layer.groups)
+        weight_GOK = layer.weight.detach().double().reshape(*self.shape_GO, layer.columns)
+        self.weight_GKO = weight_GOK.transpose(1, 2)
+        self.bias_GO, scale_GO, self.offset_GO = (
+            values.detach().double().reshape(self.shape_GO) for values in (layer.bias, layer.scale, layer.offset)
+        )
+        self.dead_GO = scale_GO.abs() <= _DEAD_SCALE * scale_GO.abs().max()
+        self.scale_GO = scale_GO.masked_fill(self.dead_GO, 0.0)
+        self.rows = sum(sample.target.shape[0] * sample.target[0, 0].numel() for sample in samples)
+        self.skip = max(1, math.isqrt(int(self.rows / min(effort.rows_per_column * layer.columns, self.rows + 1))))
+
+    def unchanged(self) -> _Change:
+        """Start from the weights that are there."""
+        return _Change(torch.zeros_like(self.weight_GKO), torch.zeros_like(self.bias_GO))
+
+    def error(self, change: _Change) -> tuple[float, float]:
+        """Give the squared error and the variance of the targets, both summed over positions and outputs."""
+        error = variance = torch.zeros((), dtype=torch.float64, device=self.weight_GKO.device)
+        total_GO, square_GO, rows = torch.zeros_like(self.bias_GO), torch.zeros_like(self.bias_GO), 0
+        for chunk in self._chunks():
+            target_GOR, found_GOR = chunk.target_GOR, self._predicted(chunk, change)
+            if self.layer.rectified:
+                target_GOR, found_GOR = target_GOR.relu(), found_GOR.relu()
+            error = error + (target_GOR - found_GOR).square().sum()
+            total_GO, square_GO = total_GO + target_GOR.sum(2), square_GO + target_GOR.square().sum(2)
+            rows += target_GOR.shape[2]
+        variance = (square_GO - total_GO.square() / rows).sum()
+        return float(error), max(float(variance), torch.finfo(torch.float64).tiny)
+
+    def moments(self, change: _Change, block: slice, *, one_sided: bool, gram: bool) -> _Moments:
+        """Sum up the errors that a change leaves, and the columns of a block."""
+        groups, width = self.shape_GO[0], len(range(*block.indices(self.layer.columns)))
+        new = self.weight_GKO.new_zeros
+        sums = [new(groups, width, width), new(groups, width, self.shape_GO[1]), new(groups, width)]
+        sums += [torch.zeros_like(self.bias_GO), torch.zeros_like(self.bias_GO)]
+        rows = 0
+        for chunk in self._chunks():
+            error_GOR = self._error(chunk, change, one_sided=one_sided)
+            columns_GKR = chunk.columns_GKR[:, block]
+            if gram:
+                sums[0].baddbmm_(columns_GKR, columns_GKR.transpose(1, 2))
+            sums[1].baddbmm_(columns_GKR, error_GOR.transpose(1, 2))
+            for total, part in zip(sums[2:], (columns_GKR, error_GOR, error_GOR.square()), strict=True):
+                total += part.sum(2)
+            rows += columns_GKR.shape[2]
+        return _Moments(*sums, rows)
+
+    def _predicted(self, chunk: _Chunk, change: _Change) -> Tensor:
+        weight_GOK = (self.weight_GKO + change.weight_GKO).transpose(1, 2)
+        found_GOR = weight_GOK @ chunk.columns_GKR + (self.bias_GO + change.bias_GO)[:, :, None]
+        return found_GOR * self.scale_GO[:, :, None] + self.offset_GO[:, :, None] + chunk.shortcut_GOR
+
+    def _error(self, chunk: _Chunk, change: _Change, *, one_sided: bool) -> Tensor:
+        """Give target − prediction in units of y; outputs that BatchNorm multiplies by zero have none."""
+        found_GOR, target_GOR = self._predicted(chunk, change), chunk.target_GOR
+        if one_sided:
+            target_GOR = target_GOR.where(target_GOR > 0, found_GOR.clamp(max=0))
+        error_GOR = (target_GOR - found_GOR) / self.scale_GO.masked_fill(self.dead_GO, 1.0)[:, :, None]
+        return error_GOR.masked_fill(self.dead_GO[:, :, None], 0.0)
+
+    def _chunks(self) -> Iterator[_Chunk]:
+        """Cut the batches into chunks of whole images, and leave out positions in a grid that shifts with the batch."""
+        groups, outputs = self.shape_GO
+        for number, sample in enumerate(self.samples):
+            start = number % self.skip, number // self.skip % self.skip
+            target = _thinned(sample.target, start, self.skip)
+            if sample.kept is not None:
+                target = target[:, sample.kept]
+            shortcut = None if sample.shortcut is None else _thinned(sample.shortcut, start, self.skip)
+            images = max(1, _CHUNK_VALUES // max(1, target[0, 0].numel() * self.layer.columns * groups))
+            for part in (slice(i, i + images) for i in range(0, len(target), images)):
+                columns = _columns(self.layer, sample.inputs[part], start, self.skip)
+                yield _Chunk(
+                    _by_group(columns, groups, self.layer.columns),
+                    _by_group(target[part].flatten(2), groups, outputs),
+                    _by_group(shortcut[part].flatten(2), groups, outputs)
+                    if shortcut is not None
+                    else columns.new_zeros((), dtype=torch.float64),
+                )
+
+
+def _thinned(maps_NCHW: Tensor, start: tuple[int, int], skip: int) -> Tensor:
+    if skip == 1:
+        return maps_NCHW
+    height, width = maps_NCHW.shape[2:]
+    return maps_NCHW[:, :, start[0] % height :: skip, start[1] % width :: skip]
+
+
+def _columns(layer: Layer, inputs_NCHW: Tensor, start: tuple[int, int], skip: int) -> Tensor:
+    """Give the im2col matrix of each image, of every `skip`-th position in height and width; shape [N, G·K, R]."""
+    kernel = layer.weight.shape[2:]
+    padded = F.pad(inputs_NCHW, layer.padding)
+    sizes = [
+        (padded.shape[2 + axis] - layer.dilation[axis] * (kernel[axis] - 1) - 1) // layer.stride[axis] + 1
+        for axis in (0, 1)
+    ]
+    top, left = (start[axis] % sizes[axis] * layer.stride[axis] for axis in (0, 1))
+    strides = layer.stride[0] * skip, layer.stride[1] * skip
+    return F.unfold(padded[:, :, top:, left:], kernel, layer.dilation, stride=strides)
+
+
+def _by_group(values_NCR: Tensor, groups: int, size: int) -> Tensor:
+    """Lay positions of all images side by side, group by group, in float64."""
+    images, _, rows = values_NCR.shape
+    grouped = values_NCR.reshape(images, groups, size, rows).permute(1, 2, 0, 3)
+    return grouped.to(torch.float64).reshape(groups, size, images * rows)
+
+
+def solve(layer: Layer, fit: Sequence[Sample], holdout: Sequence[Sample], effort: Effort | None = None) -> Solution:
+    """Find the weights that bring a layer's outputs closest to their targets on the hold-out.
+
+    Args:
+        layer: What was called, with the weights that are there.
+        fit: Batches to solve on.
+        holdout: Batches to choose the ridge on, and between the old and the new weights.
+        effort: How much work to put in.
+    """
+    effort = effort or Effort()
+    fitting, checking = (_Stream(layer, samples, effort) for samples in (fit, holdout))
+    best = fitting.unchanged()
+    before, variance = checking.error(best)
+    least, ridge = before, math.inf
+    change, factors = _first_sweep(fitting, checking, effort)
+    for sweep in range(1 + (effort.rectified_sweeps if layer.rectified else 0)):
+        if sweep > 0:
+            change = _rectified_sweep(fitting, factors, change)
+        error, _ = checking.error(change)
+        if error < least:
+            best, least, ridge = change, error, max((factor.ridge for factor in factors), default=math.inf)
+    added = best.weight_GKO.transpose(1, 2).reshape(layer.weight.shape)
+    return Solution(
+        weight=(layer.weight.detach().double() + added).to(layer.weight.dtype),
+        bias=(layer.bias.detach().double() + best.bias_GO.reshape(-1)).to(layer.bias.dtype),
+        ridge=ridge,
+        error_before=before / variance,
+        error_after=least / variance,
+        rows=fitting.rows // fitting.skip**2,
+    )
+
+
+def _first_sweep(fitting: _Stream, checking: _Stream, effort: Effort) -> tuple[_Change, list[_Factor]]:
+    """Solve block after block of columns, each with the strength that the hold-out likes best."""
+    layer, change = fitting.layer, fitting.unchanged()
+    weight_GO = fitting.scale_GO.square()
+    factors: list[_Factor] = []
+    for first in range(0, layer.columns, effort.block_columns):
+        block = slice(first, first + effort.block_columns)
+        moments, unseen = (s.moments(change, block, one_sided=False, gram=True) for s in (fitting, checking))
+        best = moments.with_intercept(torch.zeros_like(moments.cross_GKO), layer.intercept)
+        least, chosen = float((unseen.squared_error(best) * weight_GO).sum()), None
+        for factor in _factors(moments, block, layer.intercept, effort.ridges):
+            step = factor.step(moments, change, layer.intercept)
+            error = float((unseen.squared_error(step) * weight_GO).sum())
+            if error < least:
+                best, least, chosen = step, error, factor
+        change = _added(change, best, block)
+        factors += [] if chosen is None else [chosen]
+    return change, factors
+
+
+def _factors(moments: _Moments, block: slice, intercept: bool, ridges: Sequence[float]) -> Iterator[_Factor]:
+    gram_GKK = moments.centred_gram(intercept)
+    unit_G11 = gram_GKK.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+    for ridge in ridges:
+        matrix_GKK = gram_GKK.clone()
+        matrix_GKK.diagonal(dim1=1, dim2=2).add_(ridge * unit_G11[:, :, 0])
+        cholesky_GKK, failed = torch.linalg.cholesky_ex(matrix_GKK)
+        if not bool(failed.any()):
+            yield _Factor(block, cholesky_GKK, ridge * unit_G11, ridge)
+
+
+def _rectified_sweep(fitting: _Stream, factors: Sequence[_Factor], change: _Change) -> _Change:
+    """Solve every block again, for targets that ask for no more than the rectifier lets through."""
+    for factor in factors:
+        moments = fitting.moments(change, factor.block, one_sided=True, gram=False)
+        change = _added(change, factor.step(moments, change, fitting.layer.intercept), factor.block)
+    return change
+
+
+def _added(change: _Change, step: _Change, block: slice) -> _Change:
+    weight_GKO = change.weight_GKO.clone()
+    weight_GKO[:, block] += step.weight_GKO
+    return _Change(weight_GKO, change.bias_GO + step.bias_GO)

@@ -1,0 +1,35 @@
+"""Random CNNs: each is refused with a clear reason, or its slim network is the masked original."""
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import archscan  # noqa: F401 - before anything that may import torchvision
+from tests.random_cnn import PATTERNS, Instruction, Program, check, programs
+
+# The process is the same each time, and a slow machine is no failure.
+_STEADY = settings(
+    max_examples=200, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+)
+
+
+@_STEADY
+@given(program=programs(), seed=st.integers(0, 3))
+def test_random_network_is_refused_or_proven(program, seed):
+    check(program, seed)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("variant", range(6))
+def test_each_pattern_is_refused_or_proven(pattern, variant):
+    before, after = Instruction("conv", variant=1, width=variant), Instruction("conv", variant=1, width=1)
+    check(Program(instructions=(before, Instruction(pattern, 0, 1, variant, 2), after)), seed=variant)
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("head", range(4))
+def test_every_head_and_rank_is_proven(dims, head):
+    listed = (Instruction("conv", variant=1), Instruction("norm"), Instruction("binary", second=1))
+    outcome = check(Program(dims, listed, head, nested=True), seed=1)
+    assert outcome.kind == "equal"
+    assert outcome.removed
