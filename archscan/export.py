@@ -104,14 +104,15 @@ def _write(folder: Path, model: nn.Module, plan: Mapping[str, Any], summary: Map
         saved = tensor.detach().cpu().contiguous()
         address = saved.untyped_storage().data_ptr()
         whole = saved.numel() * saved.element_size() == saved.untyped_storage().nbytes()
-        tensors[name] = (
-            saved if whole and address not in storages else saved.clone()
-        )  # safetensors refuses shared memory
+        # safetensors refuses tensors that share memory
+        tensors[name] = saved if whole and address not in storages else saved.clone()
         storages.add(address)
-    save_file(tensors, folder / TENSORS, metadata={"format": "pt", "archscan": __version__})
+    save_file(tensors, folder / TENSORS, metadata={"format": "pt"})  # the order of several keys is not fixed
     (folder / PLAN).write_text(_json(plan), encoding="utf-8")
-    (folder / SUMMARY).write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    numbers = json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False)
+    (folder / SUMMARY).write_text(f"{numbers}\n", encoding="utf-8")
     (folder / REPORT).write_text(report, encoding="utf-8")
+    (folder / TENSORS).chmod((folder / REPORT).stat().st_mode)  # safetensors makes its file private
 
 
 def save(

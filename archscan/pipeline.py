@@ -112,9 +112,7 @@ def slim_command(options: SlimOptions, progress: ProgressFactory) -> Saved:
         images = _read_images(options, subject, recover, progress)
     model = subject.model.to(device)
     result = _slim(options, replace(subject, model=model), images, recover, progress)
-    result = replace(
-        result, plan=_with_source(result, subject, images, options), recipe=subject.recipe, history=history
-    )
+    result = replace(result, plan=_with_source(result, subject, images, options), history=history)
     accuracy = _accuracy(model, result.model, images.evaluation, watch, progress)
     context = Context(
         model=subject.name,
@@ -256,11 +254,11 @@ def _data(images: _Images) -> numbers.Data | None:
 
 def _warnings(weights: WeightsInfo, images: _Images) -> Iterator[str]:
     if weights.kind == "random":
-        yield f"The weights are random, so the scores reflect initialisation, not training ({weights.reason})."
+        yield f"{numbers.RANDOM_WEIGHTS}, so the scores reflect initialisation, not training ({weights.reason})."
     elif weights.kind == "pretrained" and weights.reason:
         yield f"{weights.reason[0].upper()}{weights.reason[1:]}; train it before the scores mean much."
     if images.calibration is not None and images.calibration.is_synthetic:
-        yield "The calibration images are synthetic noise, so the scores say little about real images; pass --data."
+        yield f"{numbers.NOISE}, so the scores say little about real images; pass --data."
 
 
 def _notes(options: SlimOptions, images: _Images) -> Iterator[str]:

@@ -180,16 +180,25 @@ class RandomCNN(nn.Module):
         return logits
 
 
-def instructions() -> st.SearchStrategy[Instruction]:
-    """Draw one instruction; smaller numbers are simpler."""
-    back, variant = st.integers(0, 4), st.integers(0, 5)
-    return st.builds(Instruction, st.sampled_from(list(PATTERNS)), back, back, variant, variant)
+def _program(dims: int, drawn: list[tuple[int, ...]], salt: int, head: int, nested: bool) -> Program:
+    """Spread what was drawn over the patterns: hypothesis likes to draw one thing several times."""
+    names = list(PATTERNS)
+    listed = [
+        Instruction(
+            names[(pattern + salt * place) % len(names)], first, second, (variant + salt // 7 * place) % 6, width
+        )
+        for place, (pattern, first, second, variant, width) in enumerate(drawn, start=1)
+    ]
+    return Program(dims, tuple(listed), head, nested)
 
 
 def programs(max_size: int = 8) -> st.SearchStrategy[Program]:
-    """Draw a network, 2-D more often than 1-D and 3-D."""
-    listed = st.lists(instructions(), min_size=1, max_size=max_size).map(tuple)
-    return st.builds(Program, st.sampled_from([2, 2, 1, 3]), listed, st.integers(0, 3), st.booleans())
+    """Draw a network, 2-D more often than 1-D and 3-D; smaller numbers are simpler."""
+    back, choice = st.integers(0, 4), st.integers(0, 5)
+    drawn = st.tuples(st.integers(0, len(PATTERNS) - 1), back, back, choice, choice)
+    listed = st.lists(drawn, min_size=1, max_size=max_size)
+    dims = st.sampled_from([2, 2, 1, 3])
+    return st.builds(_program, dims, listed, st.integers(0, 999), st.integers(0, 3), st.booleans())
 
 
 @dataclass(frozen=True)

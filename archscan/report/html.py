@@ -32,6 +32,7 @@ def render_html(report: Report) -> str:
         script=Markup((HERE / "report.js").read_text(encoding="utf-8")),
         verdict=views.verdict(report),
         banners=views.banners(report),
+        warnings=views.further_warnings(report),
         costs=views.cost_rows(report),
         input_line=views.input_line(report),
         groups=sorted(report.groups, key=lambda group: group.depth),

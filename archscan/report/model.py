@@ -20,6 +20,10 @@ from archscan.errors import BadInput
 LARGEST_COUNT = 2**63
 SUMMARY_FILE = "summary.json"
 
+RANDOM_WEIGHTS = "The weights are random"
+NOISE = "The calibration images are synthetic noise"
+"""How the warnings begin that reports show as banners."""
+
 
 @dataclass(frozen=True)
 class Weights:

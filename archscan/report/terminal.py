@@ -241,7 +241,7 @@ def _frozen_section(report: Report) -> Iterator[RenderableType]:
 
 
 def _remarks(report: Report) -> Iterator[RenderableType]:
-    for title, style, sentences in (("Warnings", STUCK, report.warnings), ("Notes", "", report.notes)):
+    for title, style, sentences in (("Warnings", STUCK, views.further_warnings(report)), ("Notes", "", report.notes)):
         if sentences:
             lines = Table.grid(padding=(0, 1, 0, 0))
             for sentence in sentences:

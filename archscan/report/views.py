@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from archscan.bottlenecks import Bottleneck
-from archscan.report.model import GroupRow, ModuleRow, Report
+from archscan.report.model import NOISE, RANDOM_WEIGHTS, GroupRow, ModuleRow, Report
 
 INPUT_NOTE = "1 MAC = 1 FLOP"
 NEGLIGIBLE = 0.0005
@@ -147,6 +147,12 @@ def banners(report: Report) -> tuple[Banner, ...]:
         text = "Scores come from noise, not from images. Give real ones with --data DIR."
         found.append(Banner("SYNTHETIC DATA", text))
     return tuple(found)
+
+
+def further_warnings(report: Report) -> tuple[str, ...]:
+    """Return the warnings that no banner says."""
+    shown = (RANDOM_WEIGHTS, NOISE) if banners(report) else ()
+    return tuple(warning for warning in report.warnings if not warning.startswith(shown))
 
 
 def cost_rows(report: Report) -> tuple[CostRow, ...]:
