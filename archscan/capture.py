@@ -15,6 +15,7 @@ so a contraction's number says later, in an ordinary run on real tensors, which 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -263,6 +264,30 @@ def _record_on_meta(model: nn.Module, example_input: Any, batch_size: int, train
     return _record(model, run, named, batch_size, training, [*tensors.values(), *_tensors((args, kwargs))])
 
 
+_READS_WEIGHTS = frozenset({"convolution", "mm", "addmm", "bmm", "baddbmm", "mv", "addmv"})
+
+
+def _with_constants_per_sample(graph: Graph, larger: Callable[[], Graph]) -> Graph:
+    """Mark constants that are made anew for every sample, such as a position code of the batch's size.
+
+    They do not depend on the input's content, so that only a run on a larger batch tells them from computed weights; it
+    is made where a contraction reads no sample at all.
+    """
+    suspects = (node for node in graph.nodes if str(node.op).split(".")[1] in _READS_WEIGHTS)
+    if all(any(graph.values[number].per_sample for number in node.tensors) for node in suspects):
+        return graph
+    other = larger()
+    if [node.op for node in other.nodes] != [node.op for node in graph.nodes]:
+        return graph
+    values = tuple(
+        replace(
+            mine, per_sample=mine.per_sample or (mine.kind in ("activation", "constant") and mine.shape != theirs.shape)
+        )
+        for mine, theirs in zip(graph.values, other.values, strict=True)
+    )
+    return replace(graph, values=values)
+
+
 def _record_on_cpu(model: nn.Module, example_input: Any, batch_size: int, training: bool) -> Graph:
     model = copy.deepcopy(model).cpu()
     named: dict[int, tuple[Kind, str]] = {}
@@ -293,7 +318,10 @@ def capture(model: nn.Module, example_input: Any, *, training: bool = False, bat
             "the example input holds no tensor; pass a tensor, a tuple of tensors or a dict of keyword arguments"
         )
     try:
-        return _record_on_meta(model, example_input, batch_size, training)
+        graph = _record_on_meta(model, example_input, batch_size, training)
+        return _with_constants_per_sample(
+            graph, lambda: _record_on_meta(model, example_input, batch_size + 1, training)
+        )
     except _FORWARD_ERRORS as on_meta:
         try:
             return _record_on_cpu(model, example_input, batch_size, training)

@@ -5,6 +5,7 @@ fvcore, which knows nothing of our tables. The decision that is not obvious: whe
 finished network is recorded anew and counted by the table that priced it; this still catches every wrong width.
 """
 
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -77,11 +78,18 @@ def fvcore_macs(model: nn.Module, example_input: Any) -> int | None:
         from fvcore.nn import FlopCountAnalysis
 
         analysis = FlopCountAnalysis(model, args)
+        analysis.set_op_handle("aten::_convolution_mode", _padded_convolution)
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
         try:
             return int(analysis.total())
         except _NOT_TRACEABLE:
             return None
+
+
+def _padded_convolution(inputs: list[Any], outputs: list[Any]) -> int:
+    """Count a convolution whose padding is given by name (``"same"``), which fvcore leaves out; its own rule."""
+    weight, result = (value.type().sizes() for value in (inputs[1], outputs[0]))
+    return math.prod(result) * math.prod(weight[1:])
 
 
 def _first_sample(leaf: Tensor) -> Tensor:
