@@ -21,7 +21,7 @@ solved block by block of their columns with the same code.
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -32,6 +32,8 @@ RIDGES = tuple(10.0**power for power in range(-6, 2))
 
 _CHUNK_VALUES = 1 << 22
 _DEAD_SCALE = 1e-6
+_NOTHING_WRONG = 1e-10
+"""Squared error, relative to the variance of the targets, that rounding leaves where nothing was changed yet."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Effort:
 
     rows_per_column: float = 64.0
     block_columns: int = 4608
-    rectified_sweeps: int = 4
+    rectified_sweeps: int = 3
     ridges: tuple[float, ...] = RIDGES
 
 
@@ -84,6 +86,13 @@ class Layer:
         """K: inputs of one output."""
         return self.weight[0].numel()
 
+    def output_size(self, inputs_NCHW: Tensor) -> tuple[int, int]:
+        """Give the height and width of the outputs."""
+        left, right, top, bottom = self.padding
+        height, width = inputs_NCHW.shape[2] + top + bottom, inputs_NCHW.shape[3] + left + right
+        reach = [self.dilation[axis] * (self.weight.shape[2 + axis] - 1) + 1 for axis in (0, 1)]
+        return (height - reach[0]) // self.stride[0] + 1, (width - reach[1]) // self.stride[1] + 1
+
 
 @dataclass(frozen=True, eq=False)
 class Sample:
@@ -100,6 +109,12 @@ class Sample:
     target: Tensor
     kept: Tensor | None = None
     shortcut: Tensor | None = None
+
+    def fits(self, layer: Layer) -> bool:
+        """Say whether each output of the layer has a target; not so where channels became positions."""
+        outputs = self.target.shape[1] if self.kept is None else len(self.kept)
+        shape = (len(self.inputs), len(layer.weight), *layer.output_size(self.inputs))
+        return shape == (len(self.target), outputs, *self.target.shape[2:])
 
 
 @dataclass(frozen=True, eq=False)
@@ -234,19 +249,20 @@ class _Stream:
         """Sum up the errors that a change leaves, and the columns of a block."""
         groups, width = self.shape_GO[0], len(range(*block.indices(self.layer.columns)))
         new = self.weight_GKO.new_zeros
-        sums = [new(groups, width, width), new(groups, width, self.shape_GO[1]), new(groups, width)]
-        sums += [torch.zeros_like(self.bias_GO), torch.zeros_like(self.bias_GO)]
+        gram_GKK, cross_GKO = new(groups, width, width if gram else 0), new(groups, width, self.shape_GO[1])
+        column_GK, error_GO, square_GO = new(groups, width), new(self.shape_GO), new(self.shape_GO)
         rows = 0
         for chunk in self._chunks():
             error_GOR = self._error(chunk, change, one_sided=one_sided)
             columns_GKR = chunk.columns_GKR[:, block]
             if gram:
-                sums[0].baddbmm_(columns_GKR, columns_GKR.transpose(1, 2))
-            sums[1].baddbmm_(columns_GKR, error_GOR.transpose(1, 2))
-            for total, part in zip(sums[2:], (columns_GKR, error_GOR, error_GOR.square()), strict=True):
-                total += part.sum(2)
+                gram_GKK.baddbmm_(columns_GKR, columns_GKR.transpose(1, 2))
+            cross_GKO.baddbmm_(columns_GKR, error_GOR.transpose(1, 2))
+            column_GK += columns_GKR.sum(2)
+            error_GO += error_GOR.sum(2)
+            square_GO += error_GOR.square().sum(2)
             rows += columns_GKR.shape[2]
-        return _Moments(*sums, rows)
+        return _Moments(gram_GKK, cross_GKO, column_GK, error_GO, square_GO, rows)
 
     def _predicted(self, chunk: _Chunk, change: _Change) -> Tensor:
         weight_GOK = (self.weight_GKO + change.weight_GKO).transpose(1, 2)
@@ -291,15 +307,11 @@ def _thinned(maps_NCHW: Tensor, start: tuple[int, int], skip: int) -> Tensor:
 
 def _columns(layer: Layer, inputs_NCHW: Tensor, start: tuple[int, int], skip: int) -> Tensor:
     """Give the im2col matrix of each image, of every `skip`-th position in height and width; shape [N, G·K, R]."""
-    kernel = layer.weight.shape[2:]
-    padded = F.pad(inputs_NCHW, layer.padding)
-    sizes = [
-        (padded.shape[2 + axis] - layer.dilation[axis] * (kernel[axis] - 1) - 1) // layer.stride[axis] + 1
-        for axis in (0, 1)
-    ]
+    sizes = layer.output_size(inputs_NCHW)
     top, left = (start[axis] % sizes[axis] * layer.stride[axis] for axis in (0, 1))
     strides = layer.stride[0] * skip, layer.stride[1] * skip
-    return F.unfold(padded[:, :, top:, left:], kernel, layer.dilation, stride=strides)
+    padded = F.pad(inputs_NCHW, layer.padding)[:, :, top:, left:]
+    return F.unfold(padded, layer.weight.shape[2:], layer.dilation, stride=strides)
 
 
 def _by_group(values_NCR: Tensor, groups: int, size: int) -> Tensor:
@@ -323,10 +335,7 @@ def solve(layer: Layer, fit: Sequence[Sample], holdout: Sequence[Sample], effort
     best = fitting.unchanged()
     before, variance = checking.error(best)
     least, ridge = before, math.inf
-    change, factors = _first_sweep(fitting, checking, effort)
-    for sweep in range(1 + (effort.rectified_sweeps if layer.rectified else 0)):
-        if sweep > 0:
-            change = _rectified_sweep(fitting, factors, change)
+    for change, factors in _sweeps(fitting, checking, effort) if before > _NOTHING_WRONG * variance else ():
         error, _ = checking.error(change)
         if error < least:
             best, least, ridge = change, error, max((factor.ridge for factor in factors), default=math.inf)
@@ -339,6 +348,15 @@ def solve(layer: Layer, fit: Sequence[Sample], holdout: Sequence[Sample], effort
         error_after=least / variance,
         rows=fitting.rows // fitting.skip**2,
     )
+
+
+def _sweeps(fitting: _Stream, checking: _Stream, effort: Effort) -> Iterator[tuple[_Change, list[_Factor]]]:
+    """Yield better and better solutions."""
+    change, factors = _first_sweep(fitting, checking, effort)
+    yield change, factors
+    for _ in range(effort.rectified_sweeps if fitting.layer.rectified and factors else 0):
+        change = _rectified_sweep(fitting, factors, change)
+        yield change, factors
 
 
 def _first_sweep(fitting: _Stream, checking: _Stream, effort: Effort) -> tuple[_Change, list[_Factor]]:

@@ -1,149 +1,190 @@
-"""Run two networks in lockstep, layer by layer: networks, batches → pauses with what both computed there.
+"""Run two networks in lockstep: original, slim network, batches → what both have at each layer, in depth order.
 
-Each batch's forward pass runs in a thread of its own, which rests wherever a layer's outputs can be compared. Nothing
-is computed twice and nothing is stored: what a resting forward pass holds is what it needs to go on. So a repair of
-every layer, each on inputs that the layers before it, already repaired, produce, costs one forward pass of either
-network, however deep, and works for any forward that a Python program can be.
+Each batch's forward pass runs in a thread of its own, which rests wherever outputs can be compared (`rehearsal.Place`).
+What a resting forward pass holds is what it needs to go on, so that nothing is computed twice and nothing else is
+stored: repairing every layer, on inputs that the repaired layers before it produce, costs one forward pass of either
+network, however deep it is, and works for any forward that Python can run.
 
-Where to rest is found by a rehearsal of the original on one small batch. A `Place` is a convolution or linear layer
-with its own weight, followed, where nobody else reads what is between, by a BatchNorm and by the sum that ends a
-residual branch. Calls of Python functions are numbered in their order; both networks make the same calls.
-
-The decision that is not obvious: threads, not copies of activations. Only one of them runs at any time.
+The decision that is not obvious: threads for control, not for speed. Only one of them runs at any time.
 """
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
 
-from archscan.capture import ContractionMode
 from archscan.errors import BadInput
-
-LAYERS: frozenset[str] = frozenset({"conv1d", "conv2d", "linear"})
-SUMS: frozenset[str] = frozenset({"add", "add_", "__add__", "__iadd__", "__radd__"})
-RECTIFIERS: frozenset[str] = frozenset({"relu", "relu_"})
+from archscan.rehearsal import Numbered, Place, function_name, norm_arguments
 
 
-@dataclass(frozen=True)
-class Place:
-    """A layer whose outputs both networks can be compared at.
+@dataclass(frozen=True, eq=False)
+class Meeting:
+    """What both networks have for one batch at a place.
 
     Attributes:
-        weight: Path of its weight.
-        call: Number of the call of the layer.
-        norm_call: Number of the call of the BatchNorm that alone reads it; None where there is none.
-        norm: Path of that BatchNorm's running mean; empty where there is none.
-        sum_call: Number of the call that alone reads the result and adds a shortcut to it; None where there is none.
-        branch: Which argument of the sum the result is.
-        rectified: Whether a rectifier alone reads what comes out.
+        args: Positional arguments of the slim network's call of the layer; the first is its input.
+        kwargs: Keyword arguments of the same call.
+        norm: Arguments of the BatchNorm behind it, by name; None where there is none.
+        shortcut: What the slim network adds; None where it adds nothing.
+        target: What the original network has there; the slim network's input until it is known.
     """
 
-    weight: str
-    call: int
-    norm_call: int | None = None
-    norm: str = ""
-    sum_call: int | None = None
-    branch: int = 0
-    rectified: bool = False
-
-    @property
-    def last_call(self) -> int:
-        """Number of the call behind which outputs are compared."""
-        return max(number for number in (self.call, self.norm_call, self.sum_call) if number is not None)
-
-
-@dataclass(frozen=True)
-class Rehearsal:
-    """What a network's forward does, as far as repair goes.
-
-    Attributes:
-        places: In the order in which outputs are compared.
-        skipped: Path or name of each other contraction, and why it is left alone.
-        names: Name of the function of each call.
-    """
-
-    places: tuple[Place, ...]
-    skipped: Mapping[str, str]
-    names: tuple[str, ...]
-
-
-# Rehearsal ------------------------------------------------------------------------------------------------------------
-
-_Key = tuple[int, int]
-"""A value: identity of its tensor, and the tensor's version, which rises when it is written to."""
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)]
-
-
-def _key(tensor: Tensor) -> _Key:
-    return id(tensor), tensor._version
-
-
-@dataclass
-class _Call:
-    """One call of a Python function, with its tensors kept alive so that identities stay unique."""
-
-    name: str
     args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    reads: list[_Key]
-    writes: list[_Key]
-    changed: set[int]
-    """Storages that it wrote to in place."""
+    kwargs: Mapping[str, Any]
+    norm: Mapping[str, Any] | None
+    shortcut: Tensor | None
+    target: Tensor
 
 
-class _Numbered(ContractionMode):
-    """Number the calls of all Python functions on tensors."""
+class _Stopped(BaseException):
+    """Unwinds a resting forward pass that nobody will go on with; no model should catch it."""
 
-    def __init__(self) -> None:
+
+class _Forward(Numbered):
+    """A forward pass that rests at places; subclasses say where, and what they have there."""
+
+    def __init__(self, model: nn.Module, images: Tensor) -> None:
         super().__init__()
-        self.calls = 0
+        self.model, self.images = model, images
+        self._found: Any = None
+        self._stopped = self._finished = False
+        self._go, self._resting = threading.Semaphore(0), threading.Semaphore(0)
+        self._future: Future[None] | None = None
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        name = getattr(func, "__name__", "")
-        if name == "__get__":  # an attribute read such as `.shape`
-            return func(*args, **(kwargs or {}))
-        number, self.calls = self.calls, self.calls + 1
-        return self.on_call(number, name, func, args, kwargs or {})
+    def start(self, pool: ThreadPoolExecutor) -> None:
+        """Get ready; nothing runs yet."""
+        self._future = pool.submit(self._run)
 
-    def on_call(self, number: int, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
-        """Run call `number`."""
-        raise NotImplementedError
+    def _run(self) -> None:
+        self._go.acquire()
+        try:
+            if not self._stopped:
+                with torch.no_grad(), self:
+                    self.model(self.images)
+        except _Stopped:
+            pass
+        finally:
+            self._finished = True
+            self._resting.release()
+
+    def rest(self, found: Any) -> None:
+        """Hand over what was found, and go on when told to."""
+        self._found = found
+        self._resting.release()
+        self._go.acquire()
+        self._found = None
+        if self._stopped:
+            raise _Stopped
+
+    def advance(self) -> Any:
+        """Let the forward pass run to its next rest and give what it found there; None at its end."""
+        self._go.release()
+        self._resting.acquire()
+        if self._finished and self._future is not None:
+            self._future.result()  # raises what the forward raised
+        return self._found
+
+    def stop(self) -> None:
+        """Unwind it where it rests."""
+        self._stopped = True
+        self._go.release()
 
 
-class _Rehearsing(_Numbered):
-    def __init__(self) -> None:
-        super().__init__()
-        self.made: list[_Call] = []
+class _Original(_Forward):
+    def __init__(self, model: nn.Module, images: Tensor, places: Sequence[Place]) -> None:
+        super().__init__(model, images)
+        self.places = {place.last_call: place for place in places}
 
-    def on_call(self, number: int, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
-        inputs = _tensors((args, kwargs))
-        reads = [_key(tensor) for tensor in inputs]
+    def on_call(self, number: int, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         result = func(*args, **kwargs)
-        changed = {
-            tensor.untyped_storage().data_ptr()
-            for tensor, (_, version) in zip(inputs, reads, strict=True)
-            if tensor._version != version
-        }
-        outputs = _tensors(result)
-        self.made.append(_Call(name, args, {**kwargs, "": outputs}, reads, [_key(t) for t in outputs], changed))
+        if number in self.places:
+            self.rest((self.places[number], result))
         return result
 
 
-def rehearse(model: nn.Module, images: Tensor) -> Rehearsal:
-    """Find the places of a network, which runs once and is left unchanged; it has to be in eval mode."""
-    mode = _Rehearsing()
-    with torch.no_grad(), mode:
-        model(images)
-    return _Analysis(mode.made, model).rehearsal()
+class _Slim(_Forward):
+    def __init__(self, model: nn.Module, images: Tensor, places: Sequence[Place]) -> None:
+        super().__init__(model, images)
+        self.by_call = {
+            call: place
+            for place in places
+            for call in (place.call, place.norm_call, place.sum_call)
+            if call is not None
+        }
+        self.made: dict[Place, list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]]] = {}
+
+    def on_call(self, number: int, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        place = self.by_call.get(number)
+        if place is None:
+            return func(*args, **kwargs)
+        if number == place.call and function_name(func) != place.function:
+            raise BadInput(
+                f"the slim network runs {function_name(func) or 'something else'} where the original runs "
+                f"{place.function} for {place.weight}; choose a repair other than least squares"
+            )
+        if number == place.sum_call:
+            self.rest((place, self._meeting(place, args[1 - place.branch])))
+            args[place.branch].copy_(self._again(place))
+            return func(*args, **kwargs)
+        self.made.setdefault(place, []).append((func, args, kwargs))
+        if number != place.last_call:
+            return func(*args, **kwargs)
+        self.rest((place, self._meeting(place, None)))
+        return self._again(place)
+
+    def _meeting(self, place: Place, shortcut: Tensor | None) -> Meeting:
+        calls = self.made[place]
+        _, args, kwargs = calls[0]
+        norm = norm_arguments(*calls[1][1:]) if len(calls) > 1 else None
+        return Meeting(args, kwargs, norm, shortcut, target=args[0])
+
+    def _again(self, place: Place) -> Tensor:
+        """Compute the branch once more, with the weights as they are now."""
+        layer, *norms = self.made.pop(place)
+        value = layer[0](*layer[1], **layer[2])
+        for func, args, kwargs in norms:
+            value = func(value, *args[1:], **kwargs)
+        return value
+
+
+def lockstep(
+    original: nn.Module, slim: nn.Module, places: Sequence[Place], batches: Sequence[Tensor]
+) -> Generator[tuple[Place, list[Meeting]], None, None]:
+    """Run both networks over all batches; yield each place with what every batch has there.
+
+    Weights, biases and running means of the slim network may be changed in place between two places, those of the place
+    that was yielded last: what comes after is computed with them. Both networks have to be in eval mode.
+
+    Args:
+        original: The network that is right; its places.
+        slim: The same with fewer channels.
+        places: In the order of `rehearse`.
+        batches: Images, on the networks' device.
+
+    Raises:
+        BadInput: The slim network calls other functions than the original.
+    """
+    pairs = [(_Original(original, images, places), _Slim(slim, images, places)) for images in batches]
+    forwards = [forward for pair in pairs for forward in pair]
+    with ThreadPoolExecutor(max_workers=max(1, len(forwards))) as pool:
+        for forward in forwards:
+            forward.start(pool)
+        try:
+            for place in places:
+                met = [(first.advance(), second.advance()) for first, second in pairs]
+                if any(found is None or found[0] is not place for pair in met for found in pair):
+                    raise BadInput(
+                        f"the slim network's forward differs from the original's at {place.weight}; choose a repair "
+                        "other than least squares"
+                    )
+                yield place, [replace(ours, target=target) for (_, target), (_, ours) in met]
+                del met
+            for forward in forwards:
+                forward.advance()
+        finally:
+            for forward in forwards:
+                forward.stop()

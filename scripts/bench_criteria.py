@@ -164,16 +164,17 @@ def of_peer(bench: Bench, text: str, ratios: Sequence[float]) -> Iterator[Point]
     from torch_pruning_peer import CRASHES, parse_peer, pruned
 
     start, left = time.perf_counter(), sorted(ratios, reverse=True)
-    try:
-        found = list(pruned(parse_peer(text), bench.subject.model, bench.subject.example_input, bench.scored, left))
+    failure: str | None = None
+    found: list[tuple[float, nn.Module]] = []
+    try:  # what came before a crash stays in the list
+        found.extend(pruned(parse_peer(text), bench.subject.model, bench.subject.example_input, bench.scored, left))
     except CRASHES as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        for ratio in left:
-            yield Point("torch-pruning", text, ratio, bench.seed, failure=reason)
-        return
+        failure = (str(error).splitlines() or [type(error).__name__])[0]
     seconds = (time.perf_counter() - start) / len(left)
     for ratio, model in found:
         yield bench.finish(model, "torch-pruning", text, ratio, seconds)
+    for ratio in left[len(found) :]:
+        yield Point("torch-pruning", text, ratio, bench.seed, failure=failure)
 
 
 class Cache:

@@ -72,8 +72,8 @@ def run_alone(
 
 
 def _peer(network: str, report: Callable[[str], None]) -> Record:
-    from coverage_network import build, smallest_input
     from coverage_peer import time_peer
+    from coverage_subjects import build, smallest_input
 
     model = build(network)
     example = smallest_input(network, model)

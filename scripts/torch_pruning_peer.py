@@ -166,17 +166,22 @@ def _one_shot(
     if peer.importance == "taylor":
         compute_gradients(start, batches)
     for ratio, limit in limits:
-        low, high, best = 0.0, 1.0, None
+        low, high, best, crash = 0.0, 1.0, None, "no pruning ratio does"
         for _ in range(_BISECTIONS):
             middle = (low + high) / 2
             model = _copy_with_gradients(start)
-            _pruner(peer, model, example, middle, steps=1).step()
-            if counted_macs(model, example) <= limit:
+            try:
+                _pruner(peer, model, example, middle, steps=1).step()
+                enough = counted_macs(model, example) <= limit
+            except CRASHES as error:  # a smaller ratio may leave alone what breaks the network
+                crash, high = str(error), middle
+                continue
+            if enough:
                 high, best = middle, model
             else:
                 low = middle
         if best is None:
-            raise RuntimeError(f"no pruning ratio brings the MACs down to {ratio}")
+            raise RuntimeError(f"the MACs do not come down to {ratio:g}: {crash}")
         yield ratio, best
 
 
@@ -198,4 +203,4 @@ def _iterative(
             yield waiting.pop(0)[0], copy.deepcopy(model)
         if not waiting:
             return
-    raise RuntimeError(f"the MACs do not come down to {waiting[0][0]}")
+    raise RuntimeError(f"the MACs do not come down to {waiting[0][0]:g}")
