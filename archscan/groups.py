@@ -116,18 +116,18 @@ class Consumer:
 
 
 @dataclass(frozen=True, eq=False)
-class Padding:
-    """Channels of zeros that an op puts before and after an activation's channels.
+class Count:
+    """An integer argument of an op that counts channels: an amount of padding, a bound of a window.
 
     Attributes:
         node: Number of the op in the recorded run.
-        before: Unit of each channel put before, -1 where it belongs to none.
-        after: The same for the channels put after.
+        value: The integer; below 0 where it counts from the end.
+        units: Unit of each channel that it counts, -1 where one belongs to none; None where it does not change.
     """
 
     node: int
-    before: np.ndarray
-    after: np.ndarray
+    value: int
+    units: np.ndarray | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +139,7 @@ class Coupling:
         unit_count: Units are numbered from 0 below this.
         tensors: Per parameter or buffer path, the owners of its axes.
         consumers: Places of the gates, in the order of execution.
-        paddings: Where channels of zeros are added.
+        counts: Integer arguments of ops that count channels, in the order of the ops and of their arguments.
         mixing: Places where statistics are taken over channels (LayerNorm, channel means), so that a slim network is
             not the masked original.
         graph: The recorded run in eval mode.
@@ -151,7 +151,7 @@ class Coupling:
     unit_count: int
     tensors: Mapping[str, tuple[AxisUnits, ...]]
     consumers: tuple[Consumer, ...]
-    paddings: tuple[Padding, ...] = ()
+    counts: tuple[Count, ...] = ()
     mixing: tuple[str, ...] = ()
     graph: Graph | None = None
     sizes: ValueSizes | None = None
@@ -206,17 +206,17 @@ def _assemble(record: Record, walk: Walk, units: Components, parameters: Mapping
         ChannelGroup(names[i], rows, channels_per_step.get(i, 1), tuple(members.get(i, ())), reason)
         for i, (rows, (_, reason)) in enumerate(zip(rows_by_group, blocks, strict=True))
     )
-    paddings = [
-        Padding(node, unit_of_label[before.numpy()], unit_of_label[after.numpy()])
-        for node, ends in walk.pads.items()
-        for before, after in ends
+    counts = [
+        Count(node, value, None if labels is None else unit_of_label[labels.numpy()])
+        for node, arguments in walk.counts.items()
+        for value, labels in arguments
     ]
     return Coupling(
         groups,
         sum(len(row) for group in groups for row in group.units),
         tensors,
         _consumers(record, unit_of_label),
-        tuple(paddings),
+        tuple(counts),
         tuple(record.mixing),
         walk.graph,
         ValueSizes([value.shape for value in walk.graph.values], walk.planes, owners),

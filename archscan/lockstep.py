@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from archscan.errors import BadInput
-from archscan.rehearsal import Numbered, Place, function_name, norm_arguments
+from archscan.rehearsal import SUMS, Numbered, Place, function_name, norm_arguments
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,11 +121,7 @@ class _Slim(_Forward):
         place = self.by_call.get(number)
         if place is None:
             return func(*args, **kwargs)
-        if number == place.call and function_name(func) != place.function:
-            raise BadInput(
-                f"the slim network runs {function_name(func) or 'something else'} where the original runs "
-                f"{place.function} for {place.weight}; choose a repair other than least squares"
-            )
+        self._require_same(place, number, function_name(func))
         if number == place.sum_call:
             self.rest((place, self._meeting(place, args[1 - place.branch])))
             args[place.branch].copy_(self._again(place))
@@ -135,6 +131,15 @@ class _Slim(_Forward):
             return func(*args, **kwargs)
         self.rest((place, self._meeting(place, None)))
         return self._again(place)
+
+    def _require_same(self, place: Place, number: int, name: str) -> None:
+        norm, total = number == place.norm_call, number == place.sum_call
+        if name not in ({"batch_norm"} if norm else SUMS if total else {place.function}):
+            expected = "a BatchNorm" if norm else "a sum" if total else place.function
+            raise BadInput(
+                f"the slim network runs {name or 'something else'} where the original runs {expected} for "
+                f"{place.weight}; choose a repair other than least squares"
+            )
 
     def _meeting(self, place: Place, shortcut: Tensor | None) -> Meeting:
         calls = self.made[place]

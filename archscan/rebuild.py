@@ -202,8 +202,8 @@ def predict(coupling: Coupling, kept: Kept) -> tuple[Predicted | None, Hints]:
         kept: Kept steps of every channel group, per fibre.
 
     Returns:
-        The shape of every value of ``coupling.graph`` (None where the coupling holds no graph), and the amounts of
-        padding over channels that change.
+        The shape of every value of ``coupling.graph`` (None where the coupling holds no graph), and the
+        integer arguments that count channels.
     """
     if coupling.graph is None or coupling.sizes is None:
         return None, {}
@@ -213,9 +213,9 @@ def predict(coupling: Coupling, kept: Kept) -> tuple[Predicted | None, Hints]:
     ]
     stays = kept_units(coupling, kept)
     hints: dict[int, list[tuple[int, int]]] = {}
-    for padding in coupling.paddings:
-        amounts = [(len(units), int(stays[units].sum())) for units in (padding.before, padding.after)]
-        hints.setdefault(padding.node, []).extend(amounts)
+    for count in coupling.counts:
+        new = count.value if count.units is None else int(stays[count.units].sum()) * (-1 if count.value < 0 else 1)
+        hints.setdefault(count.node, []).append((count.value, new))
     return shapes, hints
 
 

@@ -163,7 +163,10 @@ def repair(
         rehearsal = rehearse(original, images[:2])
         images = images[: _affordable(rehearsal, len(images), max_bytes)]
         fit, holdout = _split(images)
-        return _repaired(job, slim, rehearsal, fit, holdout, level)
+        repaired = _repaired(job, slim, rehearsal, fit, holdout, level)
+    for new, old in zip(repaired.model.modules(), slim.modules(), strict=True):
+        new.training = old.training
+    return repaired
 
 
 @dataclass(frozen=True, eq=False)

@@ -51,7 +51,7 @@ def masked(model: nn.Module, coupling: Coupling, kept: Kept) -> nn.Module:
     """Copy with zeros, element by element, wherever a weight reads a removed unit."""
     removed = removed_units(coupling, kept)
     model = copy.deepcopy(model)
-    tensors: dict[str, Tensor] = dict(model.named_parameters())
+    tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     with torch.no_grad():
         for name, axes in coupling.tensors.items():
             own = {axis.axis: axis.units for axis in axes}

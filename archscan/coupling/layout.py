@@ -8,7 +8,7 @@ from torch.utils._pytree import tree_map
 
 from archscan.coupling import planes
 from archscan.coupling.labels import Planes
-from archscan.coupling.walk import Walk, op_name, rule, unite_all
+from archscan.coupling.walk import Count, Walk, op_name, rule, unite_all
 from archscan.graph import Node, Ref
 
 
@@ -142,11 +142,21 @@ def fold_space(walk: Walk, node: Node) -> Sequence[Planes]:
 
 @rule("slice")
 def narrow(walk: Walk, node: Node) -> Sequence[Planes]:
-    """Execute verbatim; channels that are skipped by a step cannot be followed and are frozen."""
-    axis, step = node.args[1] if len(node.args) > 1 else 0, node.args[4] if len(node.args) > 4 else 1
+    """Execute verbatim; the bounds of a window count channels. One picked channel, or every n-th, freezes its axis."""
+    _, axis, start, end, step = (*node.args, *(None, 0, None, None, 1)[len(node.args) :])
     for plane in walk.of(node.args[0]):
-        if step != 1 and axis % plane.ndim in planes.varying(plane):
-            walk.record.freeze(plane, f"sliced with a step ({walk.where(node)})")
+        size = plane.shape[axis]
+        first, last, _ = slice(start, end).indices(size)
+        if axis % plane.ndim not in planes.varying(plane) or (step == 1 and (first, last) == (0, size)):
+            continue
+        if step != 1 or last - first == 1:
+            walk.record.freeze(plane, f"picked by number ({walk.where(node)})")
+            continue
+        labels = planes.vector(plane, axis)
+        counts: list[Count] = [(axis, None)]
+        for bound in (start or 0, size if end is None else end):
+            counts.append((bound, labels[:bound] if 0 <= bound <= size else labels[bound:] if bound < 0 else None))
+        walk.counts[walk.at] = counts
     return view(walk, node)
 
 
@@ -269,7 +279,7 @@ def pad(walk: Walk, node: Node) -> Sequence[Planes]:
                 walk.record.freeze(plane, f"cropped by a negative padding ({walk.where(node)})")
                 continue
             ends = walk.record.fresh(before), walk.record.fresh(after)
-            walk.pads.setdefault(walk.at, []).append(ends)
+            walk.counts.setdefault(walk.at, []).extend([(before, ends[0]), (after, ends[1])])
             small = torch.cat([ends[0], small.reshape(-1), ends[1]]).reshape(
                 [-1 if i == axis else 1 for i in range(plane.ndim)]
             )

@@ -17,6 +17,7 @@ from archscan.coupling.labels import Planes, Record
 from archscan.errors import UnsupportedOp
 from archscan.graph import Graph, Node, Ref
 
+Count = tuple[int, Tensor | None]  # an integer argument, and the labels that it counts; None where it stays as it is
 Rule = Callable[["Walk", Node], Sequence[Planes]]
 
 RULES: dict[str, Rule] = {}
@@ -50,13 +51,13 @@ class Walk:
         graph: The run.
         record: Where rules write what they find; shared by the runs in train and in eval mode.
         planes: Label planes by value number.
-        pads: Node number → labels that a padding put before and after the channels, innermost axis first.
+        counts: Node number → its integer arguments that count channels, one after the other.
     """
 
     graph: Graph
     record: Record
     planes: list[Planes] = field(default_factory=list)
-    pads: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    counts: dict[int, list[Count]] = field(default_factory=dict)
     at: int = 0
 
     def run(self) -> "Walk":
