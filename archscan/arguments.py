@@ -93,8 +93,11 @@ def slim_parser() -> argparse.ArgumentParser:
     scores.add_argument(
         "--criterion", default=DEFAULT_CRITERION, metavar="NAME", help=f"{CRITERIA_HELP} (default: %(default)s)"
     )
-    recover = "repair after slimming: BatchNorm statistics (bn, the default where data are real) or none"
-    scores.add_argument("--recover", choices=("none", "bn"), help=recover)
+    recover = (
+        "repair after slimming: none, BatchNorm statistics (bn), mean outputs (bias), or weights by least squares "
+        "(ls, the default for networks with BatchNorm where data are real)"
+    )
+    scores.add_argument("--recover", choices=("none", "bn", "bias", "ls"), help=recover)
     run = _add_run(parser)
     run.add_argument("--seed", type=_whole, default=0, metavar="N", help="of everything random (default: 0)")
     _add_output(parser, folder=True)

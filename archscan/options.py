@@ -118,8 +118,9 @@ class SlimOptions:
 
     Attributes:
         criterion: A name from the criteria table.
-        recover: ``bn`` recalibrates BatchNorm statistics after slimming; None is ``bn`` where the data are real and the
-            network has BatchNorm.
+        recover: Repair after slimming: ``bn`` recalibrates BatchNorm statistics, ``bias`` corrects mean outputs, ``ls``
+            re-solves weights by least squares; None is ``ls`` where the data are real and the network has BatchNorm
+            (``bn`` where there are too few images).
         command_line: As typed, for the report.
     """
 
@@ -129,7 +130,7 @@ class SlimOptions:
     run: RunOptions = field(default_factory=RunOptions)
     output: OutputOptions = field(default_factory=OutputOptions)
     criterion: str = DEFAULT_CRITERION
-    recover: Literal["none", "bn"] | None = None
+    recover: Literal["none", "bn", "bias", "ls"] | None = None
     command_line: str = ""
 
 

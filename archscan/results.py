@@ -29,7 +29,7 @@ from archscan.surgery import Surgery
 from archscan.verify import Verification
 from archscan.widths import WidthRule, allowed_steps
 
-RECOVERIES = ("none", "bn")
+RECOVERIES = ("none", "bn", "bias", "ls")
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,14 @@ class SlimSettings:
     Attributes:
         rule: Which widths are allowed.
         protect: Shell patterns of layers that keep their width.
-        recover: ``bn`` re-estimates BatchNorm statistics on the calibration batches after slimming.
+        recover: Repair on the calibration batches after slimming: ``bn`` re-estimates BatchNorm statistics, ``bias``
+            corrects mean outputs, ``ls`` re-solves weights by least squares (see `reconstruct.repair`).
         seed: Of everything random.
     """
 
     rule: WidthRule = field(default_factory=WidthRule)
     protect: tuple[str, ...] = ()
-    recover: Literal["none", "bn"] = "none"
+    recover: Literal["none", "bn", "bias", "ls"] = "none"
     seed: int = 0
 
     def __post_init__(self) -> None:

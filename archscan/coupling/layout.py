@@ -153,9 +153,9 @@ def narrow(walk: Walk, node: Node) -> Sequence[Planes]:
             walk.record.freeze(plane, f"picked by number ({walk.where(node)})")
             continue
         labels = planes.vector(plane, axis)
-        counts: list[Count] = [(axis, None)]
-        for bound in (start or 0, size if end is None else end):
-            counts.append((bound, labels[:bound] if 0 <= bound <= size else labels[bound:] if bound < 0 else None))
+        bounds = [start or 0, size if end is None else end]
+        counted = [labels[:bound] if 0 <= bound <= size else labels[bound:] if bound < 0 else None for bound in bounds]
+        counts: list[Count] = [(axis, None), *zip(bounds, counted, strict=True)]
         walk.counts[walk.at] = counts
     return view(walk, node)
 
