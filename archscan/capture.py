@@ -313,15 +313,20 @@ def capture(model: nn.Module, example_input: Any, *, training: bool = False, bat
     Raises:
         BadInput: The model cannot take the input.
     """
+    graph = record_once(model, example_input, training=training, batch_size=batch_size)
+    return _with_constants_per_sample(
+        graph, lambda: record_once(model, example_input, training=training, batch_size=batch_size + 1)
+    )
+
+
+def record_once(model: nn.Module, example_input: Any, *, training: bool, batch_size: int) -> Graph:
+    """Record exactly one forward pass; see `capture`, which may need a second one."""
     if not _tensors(split_input(example_input)):
         raise BadInput(
             "the example input holds no tensor; pass a tensor, a tuple of tensors or a dict of keyword arguments"
         )
     try:
-        graph = _record_on_meta(model, example_input, batch_size, training)
-        return _with_constants_per_sample(
-            graph, lambda: _record_on_meta(model, example_input, batch_size + 1, training)
-        )
+        return _record_on_meta(model, example_input, batch_size, training)
     except _FORWARD_ERRORS as on_meta:
         try:
             return _record_on_cpu(model, example_input, batch_size, training)

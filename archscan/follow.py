@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from archscan.capture import capture
+from archscan.capture import record_once
 from archscan.errors import BadInput, RebuildMismatch
 from archscan.graph import Graph, Node
 from archscan.surgery import set_sizes, sizes_of
@@ -174,7 +174,7 @@ def divergence(
         nn.modules.module.register_module_forward_hook(comparison.leave, always_call=True),
     ]
     try:
-        capture(model, example_input, training=graph.training, batch_size=graph.batch_size)
+        record_once(model, example_input, training=graph.training, batch_size=graph.batch_size)
     except _Diverged as diverged:
         return diverged
     except BadInput as error:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import wraps
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import Literal, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from archscan.options import (
 )
 from archscan.planner import Budget, Plan
 from archscan.recipes import split_file_name
+from archscan.reconstruct import LEAST_SAMPLES
 from archscan.report import model as numbers
 from archscan.report.model import Evaluation, Report, Saved
 from archscan.results import Context, SlimResult, SlimSettings, report_of, report_of_scan, save_result
@@ -36,6 +37,7 @@ from archscan.sources import Subject, WeightsInfo, list_networks, open_subject
 from archscan.widths import WidthRule
 
 SYNTHETIC = "synthetic"
+Recovery = Literal["none", "bn", "bias", "ls"]
 
 _Given = ParamSpec("_Given")
 _Result = TypeVar("_Result")
@@ -110,6 +112,8 @@ def slim_command(options: SlimOptions, progress: ProgressFactory) -> Saved:
     recover = _recovery(options, subject)
     with watch.stage("data"):
         images = _read_images(options, subject, recover, progress)
+    if options.recover is None and recover == "ls" and len(images.calibration or ()) < LEAST_SAMPLES:
+        recover = "bn"
     model = subject.model.to(device)
     result = _slim(options, replace(subject, model=model), images, recover, progress)
     result = replace(result, plan=_with_source(result, subject, images, options), history=history)
@@ -136,12 +140,12 @@ def _check_options(options: SlimOptions) -> None:
     criterion(options.criterion)
     Budget(options.budget.kind, options.budget.ratio)
     synthetic = options.data.source == SYNTHETIC
-    if synthetic and options.recover == "bn":
-        raise BadInput("--recover bn needs real images, noise would spoil the statistics; pass --data")
+    if synthetic and options.recover not in (None, "none"):
+        raise BadInput(f"--recover {options.recover} needs real images, noise would mislead it; pass --data")
     if not synthetic and options.recover == "none" and not reads_images(options.criterion):
         raise BadInput(
             f"--criterion {options.criterion} looks at weights only, so that --data would have no effect; "
-            "leave it out, or let --recover bn use it"
+            "leave it out, or let --recover ls use it"
         )
 
 
@@ -150,19 +154,20 @@ def _default_folder(subject: Subject, options: SlimOptions) -> Path:
     return Path("reports") / f"{subject.name}-{kind}{options.budget.ratio:g}"
 
 
-def _recovery(options: SlimOptions, subject: Subject) -> str:
-    """Decide on the repair: by default, BatchNorm where there is any and the images are real."""
+def _recovery(options: SlimOptions, subject: Subject) -> Recovery:
+    """Decide on the repair: by default, least squares where there is BatchNorm and the images are real."""
     if options.recover == "bn" and not has_batchnorm(subject.model):
         raise BadInput(f"{subject.name} has no BatchNorm to recalibrate; leave out --recover bn")
     useful = options.data.source != SYNTHETIC and has_batchnorm(subject.model)
-    return options.recover or ("bn" if useful else "none")
+    enough = (options.data.samples or REAL_SAMPLES) >= LEAST_SAMPLES
+    return options.recover or ("none" if not useful else "ls" if enough else "bn")
 
 
-def _read_images(options: SlimOptions, subject: Subject, recover: str, progress: ProgressFactory) -> _Images:
+def _read_images(options: SlimOptions, subject: Subject, recover: Recovery, progress: ProgressFactory) -> _Images:
     data = options.data
     synthetic = data.source == SYNTHETIC
     calibration = evaluation = None
-    if reads_images(options.criterion) or recover == "bn":
+    if reads_images(options.criterion) or recover != "none":
         with progress("Reading calibration images") as step:
             calibration = calibration_images(
                 data.source,
@@ -195,7 +200,7 @@ def _require_labels(images: ImageSet, num_classes: int, source: str) -> None:
 
 
 def _slim(
-    options: SlimOptions, subject: Subject, images: _Images, recover: str, progress: ProgressFactory
+    options: SlimOptions, subject: Subject, images: _Images, recover: Recovery, progress: ProgressFactory
 ) -> SlimResult:
     budget, seed = options.budget, options.run.seed
     calibration = images.calibration
@@ -209,7 +214,7 @@ def _slim(
         data=None if calibration is None else Batches(calibration),
         criterion=options.criterion,
         loss_fn=sampled_label_loss(seed) if drawn else None,
-        settings=SlimSettings(rule, budget.protect, "bn" if recover == "bn" else "none", seed),
+        settings=SlimSettings(rule, budget.protect, recover, seed),
         recipe=subject.recipe,
         progress=progress,
     )

@@ -46,9 +46,10 @@ class Owners:
         """Count the labels of one axis by group.
 
         A group counts where the axis holds every step of a fibre. An axis that holds the same single step of several
-        fibres (the outer axis of an unfolded one) does not change. Nor does, by this count, an axis that holds part of
-        a fibre, as the pieces of an uneven split do: its size is no function of the widths, and where a plan would
-        change it, the rebuilt network's sizes differ from the predicted ones and the group is frozen.
+        fibres (the outer axis of an unfolded one) does not change, nor does a group of one step. Nor does, by this
+        count, an axis that holds part of a fibre, as the pieces of an uneven split do: its size is no function of the
+        widths, and where a plan would change it, the rebuilt network's sizes differ from the predicted ones and the
+        group is frozen.
         """
         flat = labels.reshape(-1).numpy()
         group = self.group[flat]
@@ -59,7 +60,7 @@ class Owners:
             present = np.zeros(steps, dtype=bool)
             present[self.step[flat[mine]]] = True
             held = int(present.sum())
-            if held == steps and counts[index] % steps == 0:
+            if held == steps > 1 and counts[index] % steps == 0:
                 per_step[index] = int(counts[index]) // steps
             else:
                 constant += int(counts[index])

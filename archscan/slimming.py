@@ -27,8 +27,10 @@ from archscan.groups import couple
 from archscan.losses import LossFn, classification_loss, sampled_label_loss
 from archscan.options import DEFAULT_CRITERION, SYNTHETIC_SAMPLES, ProgressFactory
 from archscan.planner import Budget, protect, uniform_plan
+from archscan.rebuild import Rebuilt
 from archscan.recipes import Recipe
 from archscan.recognise import recognise
+from archscan.reconstruct import repair
 from archscan.recount import recount
 from archscan.recover import recalibrate_batchnorm
 from archscan.replan import Fitted, Wish, plan_and_rebuild
@@ -160,7 +162,7 @@ def _slim(job: _Job, calibration: _Calibration, recipe: Recipe | None) -> SlimRe
     with job.watch.stage("verify"), job.progress("Proving the slim network") as step:
         step(0, 0)
         verification, counted = _prove(job, fitted)
-    slim_model, recovery = _recovered(job, fitted.rebuilt.model, calibration)
+    slim_model, recovery = _recovered(job, fitted.rebuilt, calibration)
     if recipe is None:
         with job.watch.stage("recognise"):
             recipe = recognise(job.model, job.example_input)
@@ -226,8 +228,8 @@ def _checked_device(model: nn.Module) -> torch.device:
 
 def _calibration(job: _Job, data: Iterable[Any] | None, loss_fn: LossFn | None) -> _Calibration:
     """Decide what the network is scored on."""
-    repairs = job.settings.recover == "bn"
-    if repairs and not has_batchnorm(job.model):
+    repairs = job.settings.recover != "none"
+    if job.settings.recover == "bn" and not has_batchnorm(job.model):
         raise BadInput("the model has no BatchNorm statistics to recalibrate; leave out recover='bn'")
     if data is not None:
         if isinstance(data, (Tensor, dict)) or (isinstance(data, tuple) and any(isinstance(x, Tensor) for x in data)):
@@ -237,7 +239,7 @@ def _calibration(job: _Job, data: Iterable[Any] | None, loss_fn: LossFn | None) 
         batches = list(data) if isinstance(data, Iterator) else data  # an iterator gives its batches once only
         return _Calibration(batches, loss_fn or classification_loss, synthetic=False)
     if repairs:
-        raise BadInput("recover='bn' needs real images, noise would spoil the statistics; pass data=")
+        raise BadInput(f"recover={job.settings.recover!r} needs real images, noise would mislead it; pass data=")
     if not reads_images(job.criterion):
         return _Calibration((), classification_loss, synthetic=False)
     if loss_fn is not None:
@@ -336,10 +338,15 @@ def _telling_input(job: _Job) -> Any:
     return tree_map(tell, job.example_input)
 
 
-def _recovered(job: _Job, model: nn.Module, calibration: _Calibration) -> tuple[nn.Module, str | None]:
-    if job.settings.recover != "bn":
-        return model, None
+def _recovered(job: _Job, rebuilt: Rebuilt, calibration: _Calibration) -> tuple[nn.Module, str | None]:
+    level = job.settings.recover
+    if level == "none":
+        return rebuilt.model, None
+    if level != "bn":
+        with job.watch.stage("recover"), job.progress("Repairing the slim network") as step:
+            found = repair(job.model, rebuilt.model, rebuilt.surgery, calibration.batches, level, progress=step)
+        return found.model, found.clause()
     with job.watch.stage("recover"), job.progress("Recalibrating BatchNorm") as step:
-        repaired = recalibrate_batchnorm(model, calibration.batches, step)
+        repaired = recalibrate_batchnorm(rebuilt.model, calibration.batches, step)
     layers = f"{repaired.layers} layer{'s' if repaired.layers > 1 else ''}"
     return repaired.model, f"BatchNorm statistics of {layers} recalibrated on {repaired.samples} images"

@@ -174,6 +174,26 @@ def options_of() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def check(options: argparse.Namespace) -> None:
+    """Leave with one sentence where the options make no sense, before anything is measured."""
+    for method in options.criteria:
+        name, _, way = method.partition("/")
+        criterion(name)
+        if way not in WAYS:
+            raise SystemExit(f"{method} is no way to use a criterion; choose from {', '.join(WAYS[1:])}")
+    if options.peers:
+        require_peer()
+        from torch_pruning_peer import parse_peer
+
+        for text in options.peers:
+            try:
+                parse_peer(text)
+            except ValueError:
+                raise SystemExit(f"{text!r} is no way to use the peer; choose from {', '.join(PEERS)}") from None
+    if options.samples % options.batch_size:
+        raise SystemExit("--samples must be a multiple of --batch-size, so that all batches are of one size")
+
+
 def calibration(options: argparse.Namespace, subject: Subject, seed: int) -> list[Any]:
     """Read the batches to recalibrate on; to score on, there are the first of them."""
     wanted = max(options.samples, options.recalibration_samples)
@@ -185,19 +205,7 @@ def calibration(options: argparse.Namespace, subject: Subject, seed: int) -> lis
 def main() -> None:
     """Measure and write the report."""
     options = options_of()
-    for method in options.criteria:
-        name, _, way = method.partition("/")
-        criterion(name)
-        if way not in WAYS:
-            raise SystemExit(f"{method} is no way to use a criterion; choose from {', '.join(WAYS[1:])}")
-    if options.peers:
-        require_peer()
-        from torch_pruning_peer import parse_peer
-
-        for text in options.peers:
-            parse_peer(text)
-    if options.samples % options.batch_size:
-        raise SystemExit("--samples must be a multiple of --batch-size, so that all batches are of one size")
+    check(options)
     restart_with_quiet_memory(options.threads)
     warnings.simplefilter("ignore")  # the peer's
     console = Console(stderr=True)

@@ -1,4 +1,4 @@
-"""Write what `bench_criteria.py` measured as a page to read: points → tables and a paragraph made from their numbers."""
+"""Write what `bench_criteria.py` measured as a page: points → a table and a paragraph made from its numbers."""
 
 import math
 from collections import defaultdict

@@ -1,6 +1,7 @@
 """Rules for ops that only move, join or make channels: most are executed verbatim on the planes."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -143,7 +144,8 @@ def fold_space(walk: Walk, node: Node) -> Sequence[Planes]:
 @rule("slice")
 def narrow(walk: Walk, node: Node) -> Sequence[Planes]:
     """Execute verbatim; the bounds of a window count channels. One picked channel, or every n-th, freezes its axis."""
-    _, axis, start, end, step = (*node.args, *(None, 0, None, None, 1)[len(node.args) :])
+    given: tuple[Any, ...] = node.args[1:]
+    axis, start, end, step = (*given, *(0, None, None, 1)[len(given) :])
     for plane in walk.of(node.args[0]):
         size = plane.shape[axis]
         first, last, _ = slice(start, end).indices(size)
@@ -155,7 +157,7 @@ def narrow(walk: Walk, node: Node) -> Sequence[Planes]:
         labels = planes.vector(plane, axis)
         bounds = [start or 0, size if end is None else end]
         counted = [labels[:bound] if 0 <= bound <= size else labels[bound:] if bound < 0 else None for bound in bounds]
-        counts: list[Count] = [(axis, None), *zip(bounds, counted, strict=True)]
+        counts: list[Count] = [(axis, None), (bounds[0], counted[0]), (bounds[1], counted[1])]
         walk.counts[walk.at] = counts
     return view(walk, node)
 

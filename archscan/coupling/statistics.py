@@ -8,23 +8,11 @@ from archscan.coupling.labels import Planes
 from archscan.coupling.walk import Walk, op_name, rule, unite_all
 from archscan.graph import Node, Ref
 
+_REDUCTIONS = """mean sum amax amin max min prod any all logsumexp linalg_vector_norm
+    var std var_mean std_mean"""
 
-@rule(
-    "mean",
-    "sum",
-    "amax",
-    "amin",
-    "var",
-    "std",
-    "var_mean",
-    "linalg_vector_norm",
-    "max",
-    "min",
-    "prod",
-    "any",
-    "all",
-    "logsumexp",
-)
+
+@rule(*_REDUCTIONS.split())
 def reduction(walk: Walk, node: Node) -> Sequence[Planes]:
     """Unite what is reduced to one element; a statistic over the channel axis alone is noted, for it mixes channels."""
     shape, out = walk.shape(node.args[0]), walk.out_shape(node)
