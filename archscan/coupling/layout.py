@@ -144,8 +144,8 @@ def fold_space(walk: Walk, node: Node) -> Sequence[Planes]:
 @rule("slice")
 def narrow(walk: Walk, node: Node) -> Sequence[Planes]:
     """Execute verbatim; the bounds of a window count channels. One picked channel, or every n-th, freezes its axis."""
-    given: tuple[Any, ...] = node.args[1:]
-    axis, start, end, step = (*given, *(0, None, None, 1)[len(given) :])
+    defaults: list[Any] = [0, None, None, 1]
+    axis, start, end, step = [*node.args[1:], *defaults[len(node.args) - 1 :]]
     for plane in walk.of(node.args[0]):
         size = plane.shape[axis]
         first, last, _ = slice(start, end).indices(size)
