@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-RIDGES = tuple(10.0**power for power in range(-6, 2))
+RIDGES = tuple(10.0**power for power in range(1, -7, -1))
 """Candidate strengths, in units of the mean of the Gram matrix's diagonal."""
 
 _CHUNK_VALUES = 1 << 22
@@ -44,7 +44,7 @@ class Effort:
         rows_per_column: Positions are left out, evenly, down to this multiple of the columns; infinite for all.
         block_columns: Wider layers are solved block by block; a Gram matrix takes 8 · block_columns² bytes.
         rectified_sweeps: How often targets that a rectifier hides are replaced.
-        ridges: Strengths to choose from by hold-out.
+        ridges: Strengths to choose from by hold-out, tried in this order until the error rises again.
     """
 
     rows_per_column: float = 64.0
@@ -374,6 +374,8 @@ def _first_sweep(fitting: _Stream, checking: _Stream, effort: Effort) -> tuple[_
             error = float((unseen.squared_error(step) * weight_GO).sum())
             if error < least:
                 best, least, chosen = step, error, factor
+            elif chosen is not None:
+                break
         change = _added(change, best, block)
         factors += [] if chosen is None else [chosen]
     return change, factors

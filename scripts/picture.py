@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=100, help="in columns (default: 100)")
     options = parser.parse_args()
     report = read_report(options.folder / SUMMARY_FILE)
-    svg = picture(report, options.folder, width=options.width, title=report.command_line)
+    svg = picture(report, options.folder, width=options.width, title=f"archscan {report.model}")
     options.output.write_text(svg, encoding="utf-8")
 
 

@@ -155,7 +155,7 @@ def test_the_holdout_chooses_the_ridge_and_may_refuse():
     of = layer()
     noise = [Sample(sample.inputs, torch.randn_like(sample.target)) for sample in samples(of, [1])]
     right = [Sample(s.inputs, forward(of, s.inputs) + 1e-3 * s.target) for s in samples(of, [8], seed=3)]
-    found = solve(of, noise, right, replace(ALL, ridges=(1e-6, 1e-2)))
+    found = solve(of, noise, right, replace(ALL, ridges=(1e-2, 1e-6)))
     assert torch.equal(found.weight, of.weight)
     assert torch.equal(found.bias, of.bias)
     assert found.ridge == math.inf
@@ -216,6 +216,27 @@ def test_targets_that_a_rectifier_hides_are_not_asked_for():
         for new in ((far.weight, far.bias), (weight.detach(), bias.detach()))
     )
     assert found < 1.1 * best
+
+
+def test_sweeps_end_where_the_gradient_of_ridge_and_one_sided_loss_vanishes():
+    of, ridge = layer(rectified=True), 0.3
+    made = samples(of, [6])
+    effort = replace(ALL, ridges=(ridge,), rectified_sweeps=300)
+    stream = least_squares._Stream(of, made, effort)
+    *_, (change, (factor,)) = least_squares._sweeps(stream, stream, effort)
+    weight = (of.weight + change.weight_GKO[0].T.reshape(of.weight.shape)).requires_grad_()
+    bias = (of.bias + change.bias_GO[0]).requires_grad_()
+    columns = design(of, torch.cat([sample.inputs for sample in made]))[0]
+    unit = (columns - columns.mean(0)).square().sum(0).mean()
+    loss = ridge * unit * (weight - of.weight).square().sum()
+    for sample in made:
+        p, t = forward(of, sample.inputs, weight, bias), sample.target
+        error = torch.where(t > 0, t - p, p.clamp(min=0)) / of.scale[:, None, None]
+        loss = loss + error.square().sum()
+    gradients = torch.autograd.grad(loss, (weight, bias))
+    size = unit * of.weight.abs().max()
+    assert factor.ridge == ridge
+    assert all(float(gradient.abs().max() / size) < 1e-6 for gradient in gradients)
 
 
 @settings(max_examples=40, deadline=None)
