@@ -9,25 +9,10 @@ import shlex
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
 
-from archscan.arguments import (
-    evaluate_options,
-    evaluate_parser,
-    list_parser,
-    printing,
-    scan_options,
-    scan_parser,
-    show_parser,
-    slim_options,
-    slim_parser,
-)
+from archscan.commands import evaluate, scan, show, slim
+from archscan.commands import list as list_networks
 from archscan.errors import ArchscanError, BadInput
-from archscan.options import OutputOptions, ProgressFactory
-
-if TYPE_CHECKING:
-    from archscan.report.model import Evaluation, Report
 
 EXIT_INTERRUPTED = 130
 
@@ -63,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _dispatch(typed: Sequence[str]) -> None:
     command = typed[0] if typed and typed[0] in COMMANDS else None
-    make_parser, handler = COMMANDS[command] if command else (slim_parser, _slim)
+    make_parser, handler = COMMANDS[command] if command else (slim.make_parser, slim.run)
     parser, arguments = make_parser(), typed[1:] if command else typed
     command_line = shlex.join(("archscan", *typed))
     try:
@@ -78,71 +63,10 @@ def _dispatch(typed: Sequence[str]) -> None:
     handler(parsed, command_line)
 
 
-def _slim(parsed: Namespace, command_line: str) -> None:
-    options = slim_options(parsed, command_line)
-    from archscan import pipeline
-
-    saved = pipeline.slim_command(options, _progress(options.output))
-    _print_report(saved.report, options.output, saved.folder)
-
-
-def _scan(parsed: Namespace, command_line: str) -> None:
-    options = scan_options(parsed, command_line)
-    from archscan import pipeline
-
-    _print_report(pipeline.scan_command(options, _progress(options.output)), options.output)
-
-
-def _list(parsed: Namespace, command_line: str) -> None:
-    from archscan import pipeline
-
-    sys.stdout.writelines(f"{name}\n" for name in pipeline.list_command(parsed.pattern))
-
-
-def _show(parsed: Namespace, command_line: str) -> None:
-    from archscan import pipeline
-
-    _print_report(pipeline.show_command(parsed.folder), printing(parsed), parsed.folder)
-
-
-def _evaluate(parsed: Namespace, command_line: str) -> None:
-    options = evaluate_options(parsed, command_line)
-    from archscan import pipeline
-
-    _print_evaluation(pipeline.evaluate_command(options, _progress(options.output)), options.output)
-
-
-def _progress(output: OutputOptions) -> ProgressFactory:
-    from archscan.report.progress import progress_on
-    from archscan.report.terminal import console
-
-    return progress_on(console(sys.stderr), hidden=output.quiet)
-
-
-def _print_report(report: "Report", output: OutputOptions, folder: Path | None = None) -> None:
-    from archscan.report.model import json_text
-    from archscan.report.terminal import console, render, render_verdict, show
-
-    if output.json:
-        sys.stdout.write(json_text(report))
-    else:
-        show(render_verdict(report) if output.quiet else render(report, folder), console(sys.stdout))
-
-
-def _print_evaluation(evaluation: "Evaluation", output: OutputOptions) -> None:
-    from archscan.report.model import json_text
-    from archscan.report.terminal import console, render_evaluation, show
-
-    if output.json:
-        sys.stdout.write(json_text(evaluation))
-    else:
-        show(render_evaluation(evaluation), console(sys.stdout))
-
-
 COMMANDS: dict[str, tuple[Callable[[], ArgumentParser], Callable[[Namespace, str], None]]] = {
-    "scan": (scan_parser, _scan),
-    "list": (list_parser, _list),
-    "show": (show_parser, _show),
-    "evaluate": (evaluate_parser, _evaluate),
+    "scan": (scan.make_parser, scan.run),
+    "list": (list_networks.make_parser, list_networks.run),
+    "show": (show.make_parser, show.run),
+    "evaluate": (evaluate.make_parser, evaluate.run),
 }
 """What the first argument may say; a model of the same name is opened as ``timm:scan``."""

@@ -13,7 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from archscan import arguments, cli
+from archscan import cli
+from archscan.commands import evaluate, scan, show, slim
+from archscan.commands import list as list_networks
 from archscan.errors import BadInput, InfeasibleBudget, RebuildMismatch
 from archscan.options import (
     BudgetOptions,
@@ -102,7 +104,7 @@ def options_of(parser):
 
 
 def test_the_list_of_options_is_frozen():
-    assert options_of(arguments.slim_parser()) == {
+    assert options_of(slim.make_parser()) == {
         *("--target-flops", "--target-params", "--round-to", "--min-width", "--protect", "--criterion", "--recover"),
         *("--weights", "--input-size", "--num-classes", "--data", "--samples", "--eval-data", "--batch-size"),
         *(
@@ -119,11 +121,11 @@ def test_the_list_of_options_is_frozen():
         ),
     }
     printing = {"--json", "--quiet"}
-    assert options_of(arguments.scan_parser()) == {"--input-size", "--num-classes", "--protect", *printing}
-    assert options_of(arguments.list_parser()) == set()
-    assert options_of(arguments.show_parser()) == printing
+    assert options_of(scan.make_parser()) == {"--input-size", "--num-classes", "--protect", *printing}
+    assert options_of(list_networks.make_parser()) == set()
+    assert options_of(show.make_parser()) == printing
     running = {"--data", "--samples", "--batch-size", "--device", "--threads"}
-    assert options_of(arguments.evaluate_parser()) == running | printing
+    assert options_of(evaluate.make_parser()) == running | printing
     assert set(cli.COMMANDS) == {"scan", "list", "show", "evaluate"}
 
 
@@ -131,7 +133,7 @@ def test_the_help_names_every_criterion():
     criteria = pytest.importorskip("archscan.criteria")
     if not hasattr(criteria, "CRITERIA"):
         pytest.skip("the table of criteria is not there")
-    assert sorted(arguments.CRITERIA_HELP.split(", ")) == sorted(criteria.CRITERIA)
+    assert sorted(slim.CRITERIA_HELP.split(", ")) == sorted(criteria.CRITERIA)
 
 
 @pytest.mark.parametrize("command", [[], ["scan"], ["list"], ["show"], ["evaluate"]])
@@ -221,14 +223,14 @@ def test_the_other_commands(calls):
 
 @given(st.floats(0, 1, exclude_min=True))
 def test_any_kept_fraction_is_taken(ratio):
-    parsed = arguments.slim_parser().parse_args(["x", f"--target-flops={ratio!r}"])
-    assert arguments.slim_options(parsed).budget == BudgetOptions("macs", ratio)
+    parsed = slim.make_parser().parse_args(["x", f"--target-flops={ratio!r}"])
+    assert slim.read_options(parsed, "").budget == BudgetOptions("macs", ratio)
 
 
 @given(st.one_of(st.floats(max_value=0), st.floats(min_value=1, exclude_min=True), st.just(float("nan"))))
 def test_no_other_ratio_is_taken(ratio):
     with pytest.raises(BadInput, match="--target-params"):
-        arguments.slim_parser().parse_args(["x", f"--target-params={ratio!r}"])
+        slim.make_parser().parse_args(["x", f"--target-params={ratio!r}"])
 
 
 # ---------------------------------------------------------------- refusals
@@ -351,6 +353,6 @@ def test_a_closed_pipe_is_no_error():
 
 
 def test_parsers_keep_no_state():
-    first, second = (arguments.slim_parser().parse_args(["x", "--protect", "a"]) for _ in range(2))
+    first, second = (slim.make_parser().parse_args(["x", "--protect", "a"]) for _ in range(2))
     assert first == second == argparse.Namespace(**vars(first))
     assert second.protect == ["a"]

@@ -18,9 +18,9 @@ FLOW = (
     *("widths", "search", "planner", "bottlenecks"),
     *("surgery", "follow", "rebuild"),
     *("recover", "rehearsal", "lockstep", "least_squares", "reconstruct"),
-    *("verify", "recount", "recognise", "export", "evaluation"),
+    *("verify", "recount", "recognise", "saving", "interchange", "evaluation"),
     *("options", "report", "results", "saved", "replan", "slimming", "pipeline"),
-    *("arguments", "cli", "__main__"),
+    *("arguments", "commands", "cli", "__main__"),
 )
 """Files in the order in which data flow through them; each imports only from files before it."""
 
