@@ -5,7 +5,8 @@ accumulated by `loss.backward()` in eval mode):
 
 - One-shot: one step; its pruning ratio is bisected for the largest network that is not above the target.
 - Iterative: many small steps, scored anew before each, until the network is not above the target; where the importance
-  needs gradients, they are computed anew each time that another 2.5 % of the dense MACs are gone.
+  needs gradients, they are computed anew each time that another 2.5 % of the dense MACs are gone (10 % where each
+  sample needs a backward pass of its own, or a Kronecker factor is made of them).
 
 Three ways to treat a shortcut that pads channels, which the peer's index mapping takes for an identity: leave it to
 the peer, protect all that such shortcuts are added to, or write them as 1 x 1 convolutions that compute the same.
@@ -51,13 +52,25 @@ class Peer:
         return f"{self.importance}/{self.shortcuts}/{self.schedule}"
 
 
-def _importances() -> dict[str, Callable[[], Any]]:
+def _importances() -> dict[str, Callable[[int], Any]]:
+    """Name the peer's importances; each is made for a number of classes."""
     importance = torch_pruning.importance
     return {
-        "taylor": importance.GroupTaylorImportance,
-        "l2": lambda: importance.GroupMagnitudeImportance(p=2),
-        "hessian": importance.GroupHessianImportance,
+        "random": lambda _classes: importance.RandomImportance(),
+        "l1": lambda _classes: importance.GroupMagnitudeImportance(p=1),
+        "l2": lambda _classes: importance.GroupMagnitudeImportance(p=2),
+        "lamp": lambda _classes: importance.LAMPImportance(p=2),
+        "fpgm": lambda _classes: importance.FPGMImportance(p=2),
+        "bn-scale": lambda _classes: importance.BNScaleImportance(),
+        "taylor": lambda _classes: importance.GroupTaylorImportance(),
+        "hessian": lambda _classes: importance.GroupHessianImportance(),
+        "obdc": lambda classes: importance.OBDCImportance(num_classes=classes),
     }
+
+
+IMPORTANCES = ("random", "l1", "l2", "lamp", "fpgm", "bn-scale", "taylor", "hessian", "obdc")
+_FRESH_AFTER = {"taylor": FRESH_GRADIENTS_AFTER, "hessian": 0.1, "obdc": 0.1}
+"""Fraction of the dense MACs after which an importance that reads gradients is given new ones."""
 
 
 def parse_peer(text: str) -> Peer:
@@ -67,7 +80,7 @@ def parse_peer(text: str) -> Peer:
         ValueError: It is not of that form.
     """
     importance, shortcuts, schedule = text.split("/")
-    if importance not in ("taylor", "l2"):
+    if importance not in IMPORTANCES:
         raise ValueError(importance)
     if shortcuts not in ("as-is", "kept", "conv") or schedule not in ("one-shot", "iterative"):
         raise ValueError(text)
@@ -140,6 +153,35 @@ def compute_gradients(model: nn.Module, batches: Batches) -> None:
         cross_entropy(model(images), labels).backward()
 
 
+def feed(peer: Peer, importance: Any, pruner: Any, model: nn.Module, batches: Batches) -> None:
+    """Give an importance the gradients that it reads, as its documentation says; nothing where it reads none."""
+    if peer.importance == "taylor":
+        compute_gradients(model, batches)
+    elif peer.importance == "hessian":
+        importance.zero_grad()
+        for image, label in _single(batches):
+            model.eval().zero_grad()
+            cross_entropy(model(image), label).backward()
+            importance.accumulate_grad(model)
+    elif peer.importance == "obdc":
+        importance._clear_buffer()
+        importance._prepare_model(model, pruner)
+        generator = torch.Generator().manual_seed(0)
+        for images, _ in batches:
+            model.eval().zero_grad()
+            logits = model(images)
+            drawn = torch.multinomial(logits.detach().softmax(1), 1, generator=generator)[:, 0]
+            cross_entropy(logits, drawn).backward()
+            importance.step()
+        importance._rm_hooks(model)
+
+
+def _single(batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
+    for images, labels in batches:
+        for number in range(len(images)):
+            yield images[number : number + 1], labels[number : number + 1]
+
+
 def _copy_with_gradients(model: nn.Module) -> nn.Module:
     """Copy a network; `copy.deepcopy` leaves the gradients of parameters out."""
     copied = copy.deepcopy(model)
@@ -149,10 +191,11 @@ def _copy_with_gradients(model: nn.Module) -> nn.Module:
 
 
 def _pruner(peer: Peer, model: nn.Module, example: Tensor, ratio: float, steps: int) -> Any:
+    classes = max(module.out_features for module in model.modules() if isinstance(module, nn.Linear))
     return torch_pruning.pruner.BasePruner(
         model,
         example,
-        importance=_importances()[peer.importance](),
+        importance=_importances()[peer.importance](classes),
         global_pruning=True,
         pruning_ratio=ratio,
         iterative_steps=steps,
@@ -165,6 +208,8 @@ def _one_shot(
 ) -> Iterator[tuple[float, nn.Module]]:
     if peer.importance == "taylor":
         compute_gradients(start, batches)
+    elif peer.importance in _FRESH_AFTER:
+        raise ValueError(f"{peer.importance} is used in the iterative schedule only")
     for ratio, limit in limits:
         low, high, best, crash = 0.0, 1.0, None, "no pruning ratio does"
         for _ in range(_BISECTIONS):
@@ -193,9 +238,8 @@ def _iterative(
     macs, scored_at = counted_macs(model, example), None
     waiting = list(limits)
     for _ in range(SMALL_STEPS - 1):
-        stale = scored_at is None or scored_at - macs >= FRESH_GRADIENTS_AFTER * dense
-        if peer.importance == "taylor" and stale:
-            compute_gradients(model, batches)
+        if scored_at is None or scored_at - macs >= _FRESH_AFTER.get(peer.importance, 1.0) * dense:
+            feed(peer, pruner.importance, pruner, model, batches)
             scored_at = macs
         pruner.step()
         macs = counted_macs(model, example)

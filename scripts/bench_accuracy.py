@@ -1,0 +1,249 @@
+"""Measure the accuracy that is left at each FLOPs level: archscan's criteria and repairs, beside Torch-Pruning's.
+
+Every network is slimmed to the same MACs from the same calibration images; nothing is fine-tuned. Both sides are also
+measured with BatchNorm recalibrated on the same images. Each point goes to a cache as soon as it is measured, and
+``--resume`` takes it from there. Writes ``reports/accuracy.{json,md}`` and one plot for each network.
+
+python scripts/bench_accuracy.py --resume
+python scripts/bench_accuracy.py --networks resnet56_cifar --methods default,obd --seeds 0,1,2 --resume
+"""
+
+import argparse
+import json
+import os
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from accuracy_report import DEFAULT, Point, Setting, markdown, plot
+from benchmarking import counted_macs, provenance, require_peer, restart_with_quiet_memory, write
+from rich.console import Console
+
+import archscan  # before timm, which brings torchvision
+
+from torch import nn  # isort: skip
+
+from archscan.criteria import criterion  # isort: skip
+from archscan.data import calibration_images, evaluation_images  # isort: skip
+from archscan.errors import ArchscanError  # isort: skip
+from archscan.evaluation import top_one  # isort: skip
+from archscan.options import DEFAULT_CRITERION  # isort: skip
+from archscan.reconstruct import repair  # isort: skip
+from archscan.recover import recalibrate_batchnorm  # isort: skip
+from archscan.report.progress import progress_on  # isort: skip
+from archscan.sources import Subject, open_subject  # isort: skip
+
+NETWORKS = ("resnet20_cifar", "resnet56_cifar")
+RATIOS = (0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
+METHODS = (DEFAULT, "obd", "taylor-fo", "taylor-abs", "sosp-h", "sosp-i", "magnitude", "bn-scale", "random")
+PEERS = tuple(f"{name}/kept/iterative" for name in ("random", "l1", "l2", "lamp", "fpgm", "bn-scale", "taylor"))
+PEERS = (*PEERS, "hessian/kept/iterative", "obdc/kept/iterative")
+RECOVERIES = ("none", "bn", "bias", "ls")
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What is needed to measure points of one network for one seed."""
+
+    network: str
+    subject: Subject
+    scored: Sequence[Any]
+    recalibration: Sequence[Any]
+    evaluation: Sequence[Any]
+    dense_macs: int
+    recoveries: Sequence[str]
+    seed: int
+
+    def finish(self, point: Point, model: nn.Module, accuracy: dict[str, float]) -> Point:
+        """Add what was kept, and the accuracy as it is and recalibrated."""
+        kept = counted_macs(model, self.subject.example_input) / self.dense_macs
+        found = dict(accuracy)
+        if "none" in self.recoveries:
+            found["none"] = self.measured(model)
+        if "bn" in self.recoveries:
+            found["bn"] = self.measured(recalibrate_batchnorm(model, self.recalibration).model)
+        return Point(**{**asdict(point), "macs": kept, "accuracy": found})
+
+    def measured(self, model: nn.Module) -> float:
+        """Evaluate."""
+        return top_one(model, self.evaluation).accuracy
+
+
+def of_method(bench: Bench, method: str, ratios: Sequence[float]) -> Iterator[Point]:
+    """Slim with archscan to each ratio: by a criterion in one go and then repaired, or as the defaults do."""
+    model, example = bench.subject.model, bench.subject.example_input
+    for ratio in ratios:
+        start = time.perf_counter()
+        name = DEFAULT_CRITERION if method == DEFAULT else method
+        way = {} if method == DEFAULT else {"rounds": 1}
+        settings = archscan.SlimSettings(recover="ls" if method == DEFAULT else "none", seed=bench.seed, **way)
+        point = Point(bench.network, "archscan", method, ratio, bench.seed)
+        try:
+            result = archscan.slim(
+                model, example, target_flops=ratio, data=bench.scored, criterion=name, settings=settings
+            )
+        except ArchscanError as error:
+            yield Point(**{**asdict(point), "failure": str(error)})
+            continue
+        point = Point(**{**asdict(point), "seconds": time.perf_counter() - start})
+        if method == DEFAULT:
+            kept = counted_macs(result.model, example) / bench.dense_macs
+            yield Point(**{**asdict(point), "macs": kept, "accuracy": {"ls": bench.measured(result.model)}})
+            continue
+        repaired = {
+            level: bench.measured(repair(model, result.model, result.surgery, bench.scored, level).model)
+            for level in ("bias", "ls")
+            if level in bench.recoveries
+        }
+        yield bench.finish(point, result.model, repaired)
+
+
+def of_peer(bench: Bench, text: str, ratios: Sequence[float]) -> Iterator[Point]:
+    """Slim with Torch-Pruning in one way to each ratio."""
+    from torch_pruning_peer import CRASHES, parse_peer, pruned
+
+    start, left = time.perf_counter(), sorted(ratios, reverse=True)
+    failure: str | None = None
+    found: list[tuple[float, nn.Module]] = []
+    try:  # what came before a crash stays in the list
+        found.extend(pruned(parse_peer(text), bench.subject.model, bench.subject.example_input, bench.scored, left))
+    except CRASHES as error:
+        failure = (str(error).splitlines() or [type(error).__name__])[0]
+    seconds = (time.perf_counter() - start) / len(left)
+    for ratio, model in found:
+        yield bench.finish(Point(bench.network, "torch-pruning", text, ratio, bench.seed, seconds=seconds), model, {})
+    for ratio in left[len(found) :]:
+        yield Point(bench.network, "torch-pruning", text, ratio, bench.seed, failure=failure)
+
+
+class Cache:
+    """Points in a file of JSON lines, each written with its setting."""
+
+    def __init__(self, path: Path, setting: Setting, resume: bool) -> None:
+        self.path, self.setting = path, asdict(setting)
+        self.points: dict[tuple[str, str, str, float, int], Point] = {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not resume:
+            path.unlink(missing_ok=True)
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+            entry = json.loads(line)
+            if entry.pop("setting") == self.setting:
+                self.put(Point(**entry), save=False)
+
+    def put(self, point: Point, save: bool = True) -> None:
+        """Remember a point."""
+        self.points[point.key] = point
+        if save:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({**asdict(point), "setting": self.setting}) + "\n")
+
+
+# Run ------------------------------------------------------------------------------------------------------------------
+
+
+def options_of() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def names(text: str) -> list[str]:
+        return [name for name in text.split(",") if name]
+
+    default_data = Path(os.environ.get("ARCHSCAN_DATA", "../shared/data"))
+    parser.add_argument("--networks", type=names, default=list(NETWORKS))
+    parser.add_argument("--data", type=Path, default=default_data, help="folder of weights and images")
+    parser.add_argument("--methods", type=names, default=list(METHODS), help=f"{DEFAULT}, or criteria, by comma")
+    parser.add_argument("--peers", type=names, default=list(PEERS), help="importance/shortcuts/schedule, by comma")
+    parser.add_argument("--recoveries", type=names, default=list(RECOVERIES), help="levels to measure, by comma")
+    parser.add_argument("--ratios", type=lambda text: [float(part) for part in names(text)], default=list(RATIOS))
+    parser.add_argument("--seeds", type=lambda text: [int(part) for part in names(text)], default=[0, 1, 2])
+    parser.add_argument("--samples", type=int, default=512, help="images to score and to repair on")
+    parser.add_argument("--recalibration-samples", type=int, default=2048)
+    parser.add_argument("--eval-samples", type=int, default=None, help="default: all")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--resume", action="store_true", help="take what was measured from the cache")
+    parser.add_argument("--output", type=Path, default=Path("reports/accuracy"), help="stem of the files")
+    return parser.parse_args()
+
+
+def check(options: argparse.Namespace) -> None:
+    """Leave with one sentence where the options make no sense, before anything is measured."""
+    for method in options.methods:
+        if method != DEFAULT:
+            criterion(method)
+    if options.peers:
+        require_peer()
+        from torch_pruning_peer import parse_peer
+
+        for text in options.peers:
+            try:
+                parse_peer(text)
+            except ValueError:
+                raise SystemExit(f"{text!r} is no way to use the peer; choose from {', '.join(PEERS)}") from None
+    if options.samples % options.batch_size:
+        raise SystemExit("--samples must be a multiple of --batch-size, so that all batches are of one size")
+    if strange := set(options.recoveries) - set(RECOVERIES):
+        raise SystemExit(f"{sorted(strange)[0]!r} is no recovery; choose from {', '.join(RECOVERIES)}")
+
+
+def benches(options: argparse.Namespace, name: str) -> Iterator[tuple[Bench, float]]:
+    """Open a network once for each seed of the calibration images, with its dense accuracy."""
+    weights = options.data / f"{name.removesuffix('_cifar')}_cifar10.safetensors"
+    subject = open_subject(f"reference:{name}", weights=str(weights))
+    found = evaluation_images(
+        options.data / "cifar10-val.zip", subject.preprocessing, samples=options.eval_samples, batch_size=125
+    )
+    evaluation = list(found.batches())
+    dense = top_one(subject.model, evaluation).accuracy
+    macs = counted_macs(subject.model, subject.example_input)
+    wanted = max(options.samples, options.recalibration_samples)
+    for seed in options.seeds:
+        source = options.data / "cifar10-train.zip"
+        images = calibration_images(
+            source, subject.preprocessing, samples=wanted, batch_size=options.batch_size, seed=seed
+        )
+        batches = list(images.batches())
+        scored = batches[: options.samples // options.batch_size]
+        yield Bench(name, subject, scored, batches, evaluation, macs, options.recoveries, seed), dense
+
+
+def main() -> None:
+    """Measure and write the report."""
+    options = options_of()
+    check(options)
+    restart_with_quiet_memory(options.threads)
+    warnings.simplefilter("ignore")  # the peer's
+    console = Console(stderr=True)
+    setting = Setting(options.samples, options.recalibration_samples, options.eval_samples, options.batch_size)
+    cache = Cache(options.output / "cache.jsonl", setting, options.resume)
+    ratios = sorted(set(options.ratios), reverse=True)
+    jobs = [("archscan", name) for name in options.methods] + [("torch-pruning", text) for text in options.peers]
+    dense: dict[str, float] = {}
+    with progress_on(console)("Slimming and evaluating") as step:
+        done, total = 0, len(options.networks) * len(options.seeds) * len(jobs)
+        for network in options.networks:
+            for bench, accuracy in benches(options, network):
+                dense[network] = accuracy
+                for side, method in jobs:
+                    step(done, total)
+                    done += 1
+                    left = [ratio for ratio in ratios if (network, side, method, ratio, bench.seed) not in cache.points]
+                    measure = of_method if side == "archscan" else of_peer
+                    for point in measure(bench, method, left) if left else ():
+                        cache.put(point)
+                        console.print(json.dumps(asdict(point)), soft_wrap=True, highlight=False)
+    points = [point for point in cache.points.values() if point.network in dense]
+    made = provenance(options.threads)
+    data = {**made, "archscan_version": archscan.__version__, "setting": asdict(setting), "dense_accuracy": dense}
+    write(
+        options.output, {**data, "points": [asdict(point) for point in points]}, markdown(points, setting, dense, made)
+    )
+    for network in dense:
+        plot(network, points, dense[network], options.output.with_name(f"{options.output.name}-{network}.svg"))
+
+
+if __name__ == "__main__":
+    main()
