@@ -90,8 +90,8 @@ def add_run(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     return group
 
 
-def add_output(parser: argparse.ArgumentParser, *, folder: bool = False) -> None:
-    """Add what is printed and, with `folder`, where the result goes."""
+def add_output(parser: argparse.ArgumentParser, *, folder: bool = False) -> argparse._ArgumentGroup:
+    """Add what is printed and, with `folder`, where the result goes; return the group."""
     group = parser.add_argument_group("output")
     if folder:
         group.add_argument("--output", type=Path, metavar="DIR", help="of the result (default: reports/MODEL-flopsR)")
@@ -99,6 +99,7 @@ def add_output(parser: argparse.ArgumentParser, *, folder: bool = False) -> None
     printed = group.add_mutually_exclusive_group()
     printed.add_argument("--json", action="store_true", help="print the summary as JSON and nothing else")
     printed.add_argument("--quiet", action="store_true", help="print the verdict only")
+    return group
 
 
 # -------------------------------------------------------------- values

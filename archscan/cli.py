@@ -10,7 +10,7 @@ import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 
-from archscan.commands import evaluate, scan, show, slim
+from archscan.commands import audit, criteria, evaluate, export, finetune, scan, show, slim
 from archscan.commands import list as list_networks
 from archscan.errors import ArchscanError, BadInput
 
@@ -68,5 +68,9 @@ COMMANDS: dict[str, tuple[Callable[[], ArgumentParser], Callable[[Namespace, str
     "list": (list_networks.make_parser, list_networks.run),
     "show": (show.make_parser, show.run),
     "evaluate": (evaluate.make_parser, evaluate.run),
+    "export": (export.make_parser, export.run),
+    "finetune": (finetune.make_parser, finetune.run),
+    "audit": (audit.make_parser, audit.run),
+    "criteria": (criteria.make_parser, criteria.run),
 }
 """What the first argument may say; a model of the same name is opened as ``timm:scan``."""

@@ -35,7 +35,10 @@ PLAN, TENSORS, SUMMARY, REPORT = "plan.json", "model.safetensors", "summary.json
 FORMAT = 1
 """Version of the folder's layout; raised when an older archscan could not read it."""
 
-_OURS = frozenset({PLAN, TENSORS, SUMMARY, REPORT, "model.onnx", "model.pt2"})
+EXPORTS = ("model.onnx", "model.onnx.data", "model.pt2", "model.ts.pt", "architecture.txt")
+"""What an export may add to the folder."""
+
+_OURS = frozenset({PLAN, TENSORS, SUMMARY, REPORT, *EXPORTS})
 _MAX_JSON_BYTES = 256 * 2**20
 _MAX_NUMBER = 65_536  # a recipe may ask for larger sizes only where the saved tensors have them
 
@@ -330,5 +333,5 @@ def load(
                 if tensor.dtype == saved.dtype:
                     tensor.copy_(saved)
                 else:
-                    tensor.data = saved.to(tensor.device)
+                    tensor.data = saved.to(tensor.device, copy=True)  # products depend on how memory is aligned
     return result.eval()

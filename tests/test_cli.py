@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from archscan import cli
-from archscan.commands import evaluate, scan, show, slim
+from archscan.commands import audit, criteria, evaluate, export, finetune, scan, show, slim
 from archscan.commands import list as list_networks
 from archscan.errors import BadInput, InfeasibleBudget, RebuildMismatch
 from archscan.options import (
@@ -118,6 +118,9 @@ def test_the_list_of_options_is_frozen():
             "--json",
             "--quiet",
             "--version",
+            "--rounds",
+            "--set-effects",
+            "--export",
         ),
     }
     printing = {"--json", "--quiet"}
@@ -126,17 +129,25 @@ def test_the_list_of_options_is_frozen():
     assert options_of(show.make_parser()) == printing
     running = {"--data", "--samples", "--batch-size", "--device", "--threads"}
     assert options_of(evaluate.make_parser()) == running | printing
-    assert set(cli.COMMANDS) == {"scan", "list", "show", "evaluate"}
+    assert options_of(audit.make_parser()) == {
+        *("--weights", "--input-size", "--num-classes", "--data", "--samples", "--held-out", "--eval-data"),
+        *("--batch-size", "--mean", "--std", "--criterion", "--units", "--sets", "--device", "--threads", "--seed"),
+        *("--output", "--overwrite", *printing),
+    }
+    assert options_of(criteria.make_parser()) == {"--json"}
+    written = {"--format", "--batch", "--opset", "--output", "--overwrite"}
+    assert options_of(export.make_parser()) == written | printing
+    training = {"--epochs", "--lr", "--opt", "--weight-decay", "--smoothing", "--mixup", "--cutmix", "--hflip", "--ema"}
+    assert options_of(finetune.make_parser()) == running | training | printing | {
+        *("--eval-data", "--teacher", "--distill-weight", "--temperature", "--amp", "--workers", "--seed", "--resume"),
+        *("--output", "--overwrite"),
+    }
+    assert set(cli.COMMANDS) == {"scan", "list", "show", "evaluate", "export", "finetune", "audit", "criteria"}
 
 
-def test_the_help_names_every_criterion():
-    criteria = pytest.importorskip("archscan.criteria")
-    if not hasattr(criteria, "CRITERIA"):
-        pytest.skip("the table of criteria is not there")
-    assert sorted(slim.CRITERIA_HELP.split(", ")) == sorted(criteria.CRITERIA)
-
-
-@pytest.mark.parametrize("command", [[], ["scan"], ["list"], ["show"], ["evaluate"]])
+@pytest.mark.parametrize(
+    "command", [[], ["scan"], ["list"], ["show"], ["evaluate"], ["export"], ["finetune"], ["audit"], ["criteria"]]
+)
 def test_help_fits_80_columns_and_exits_0(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     assert cli.main([*command, "--help"]) == 0
@@ -175,6 +186,7 @@ EVERY_OPTION = """
 --target-params 0.5 timm:scan --criterion obd --recover none --weights w.safetensors --data d.zip --samples 64
 --eval-data digits --input-size 160,192 --num-classes 10 --batch-size 8 --mean=0.1,0.2,0.3 --std 1,2,3 --round-to 4
 --min-width 16 --protect a.* b --protect c --device cpu --threads 2 --seed 7 --output out --overwrite --quiet
+--rounds 3 --set-effects quadratic --export onnx,pt2
 """
 
 
@@ -190,6 +202,9 @@ def test_every_option_arrives(calls):
             OutputOptions(Path("out"), overwrite=True, quiet=True),
             "obd",
             "none",
+            3,
+            "quadratic",
+            ("onnx", "pt2"),
             "archscan " + " ".join(word if word != "a.*" else "'a.*'" for word in typed),
         )
     ]

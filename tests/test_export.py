@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import archscan  # noqa: F401 - before anything that may import torchvision
-from archscan import export
+from archscan import saving
 from archscan.errors import BadInput
-from archscan.export import Step, check_target, load, read_history, read_json, read_steps, save
 from archscan.planner import Budget, Costs, Plan
 from archscan.rebuild import apply, rebuild, surgery_for
 from archscan.recipes import Recipe, build
+from archscan.saving import Step, check_target, load, read_history, read_json, read_steps, save
 from archscan.surgery import Cut, Surgery
 from tests import hand_couplings as hand
 
@@ -44,7 +44,7 @@ def saved(folder: Path, make: Callable[[], hand.Case], recipe: Recipe | None = R
 
 
 def assert_same(a: nn.Module, b: nn.Module) -> None:
-    first, second = export._tensors(a), export._tensors(b)
+    first, second = saving._tensors(a), saving._tensors(b)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) and first[name].dtype == second[name].dtype for name in first)
 
@@ -165,7 +165,7 @@ def test_targets_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(BadInput, match="not a folder that can be written"):
         check_target(tmp_path / "file" / "out")
     assert check_target(tmp_path / "new" / "deep" / "out") == tmp_path / "new" / "deep" / "out"
-    monkeypatch.setattr(export.os, "access", lambda *_: False)
+    monkeypatch.setattr(saving.os, "access", lambda *_: False)
     with pytest.raises(BadInput, match="not a folder that can be written"):
         check_target(tmp_path / "out")
 
@@ -183,7 +183,7 @@ def test_interruption_leaves_nothing_half_written(
 
     for place in ("save_file", "_json"):
         with monkeypatch.context() as patch:
-            patch.setattr(export, place, fail)
+            patch.setattr(saving, place, fail)
             with pytest.raises((KeyboardInterrupt, BadInput)):
                 save(tmp_path / "out", slim, [], None, {}, "", overwrite=True)
         assert list(tmp_path.iterdir()) == before

@@ -16,10 +16,13 @@ from archscan.arguments import (
     parse_ratio,
     parse_whole,
 )
+from archscan.commands.export import add_export
 from archscan.commands.printing import print_report, progress_for
 from archscan.errors import BadInput
 from archscan.options import (
     DEFAULT_CRITERION,
+    DEFAULT_ROUNDS,
+    LEAST_SQUARES_CRITERION,
     BudgetOptions,
     DataOptions,
     ModelOptions,
@@ -27,8 +30,6 @@ from archscan.options import (
     RunOptions,
     SlimOptions,
 )
-
-CRITERIA_HELP = "random, magnitude, bn-scale, taylor-fo, taylor-abs, taylor-so, obd, sosp-i, sosp-h"
 
 EXAMPLES = """
 examples:
@@ -39,6 +40,10 @@ examples:
   archscan show reports/resnet50-flops0.6
                                  print a saved result again
   archscan evaluate reports/resnet50-flops0.6 --data images/
+  archscan export reports/resnet50-flops0.6 --format onnx
+  archscan criteria              what can score channels, and when to use it
+  archscan audit resnet50 --data images/
+                                 which criterion is right about this network
 
 One MAC is one FLOP here. Each command has its own help: archscan scan --help.
 """
@@ -51,7 +56,9 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         description="Find what bottlenecks a CNN, slim it to a budget, and prove the slim network.",
         usage="archscan MODEL (--target-flops R | --target-params R) [options]\n"
-        "       archscan scan MODEL | list [PATTERN] | show DIR | evaluate DIR --data D",
+        "       archscan scan MODEL | list [PATTERN] | show DIR | criteria\n"
+        "       archscan audit MODEL --data D | evaluate DIR --data D\n"
+        "       archscan export DIR --format F",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -74,17 +81,22 @@ def make_parser() -> argparse.ArgumentParser:
     add_protect(budget)
     add_data(parser)
     scores = parser.add_argument_group("scores and repair")
-    scores.add_argument(
-        "--criterion", default=DEFAULT_CRITERION, metavar="NAME", help=f"{CRITERIA_HELP} (default: %(default)s)"
+    named = (
+        f"see archscan criteria; a+b means ranks (default: {DEFAULT_CRITERION}; {LEAST_SQUARES_CRITERION} before ls)"
     )
+    scores.add_argument("--criterion", metavar="NAME", help=named)
     recover = (
         "repair after slimming: none, BatchNorm statistics (bn), mean outputs (bias), or weights by least squares "
         "(ls, the default for networks with BatchNorm where data are real)"
     )
+    rounds = "slim in N steps, each repaired, and scored anew before the next (default: %(default)s)"
+    scores.add_argument("--rounds", type=parse_count, default=DEFAULT_ROUNDS, metavar="N", help=rounds)
+    effects = "what a set of channels costs: the sum of their saliencies (default), or what their interactions say"
+    scores.add_argument("--set-effects", choices=("additive", "quadratic"), default="additive", help=effects)
     scores.add_argument("--recover", choices=("none", "bn", "bias", "ls"), help=recover)
     machine = add_run(parser)
     machine.add_argument("--seed", type=parse_whole, default=0, metavar="N", help="of everything random (default: 0)")
-    add_output(parser, folder=True)
+    add_export(add_output(parser, folder=True))
     return parser
 
 
@@ -102,6 +114,9 @@ def read_options(parsed: argparse.Namespace, command_line: str) -> SlimOptions:
         output=OutputOptions(parsed.output, parsed.overwrite, parsed.json, parsed.quiet),
         criterion=parsed.criterion,
         recover=parsed.recover,
+        rounds=parsed.rounds,
+        set_effects=parsed.set_effects,
+        exports=parsed.export,
         command_line=command_line,
     )
 

@@ -9,13 +9,14 @@ import json
 import math
 import types
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hints
 
 from archscan.bottlenecks import Bottleneck
 from archscan.errors import BadInput
+from archscan.report.training import TrainingRun
 
 LARGEST_COUNT = 2**63
 SUMMARY_FILE = "summary.json"
@@ -172,6 +173,34 @@ class SaliencyLost:
 
 
 @dataclass(frozen=True)
+class Exported:
+    """One file of the slim network in a format that runs without archscan, run and compared before it was kept.
+
+    Attributes:
+        format: ``onnx``, ``pt2`` or ``script``.
+        file: Its name.
+        file_bytes: Its size, with that of its external data.
+        parameters: The network's parameters in it, counted in what was exported; an ONNX file's before constant
+            folding, which merges BatchNorms into convolutions.
+        batch_size: The only one that it takes; None for any.
+        max_abs_error: Largest absolute difference of an output from PyTorch's, over all batches that were run.
+        max_relative_error: Largest of these differences over the largest magnitude in the same output.
+        opset: ONNX opset; None for the other formats.
+        checked_by: What ran it, with versions and batch sizes.
+    """
+
+    format: Literal["onnx", "pt2", "script"]
+    file: str
+    file_bytes: int
+    parameters: int
+    batch_size: int | None
+    max_abs_error: float
+    max_relative_error: float
+    opset: int | None
+    checked_by: str
+
+
+@dataclass(frozen=True)
 class Environment:
     """What it ran on."""
 
@@ -209,6 +238,8 @@ class Report:
     seconds: Mapping[str, float] = field(default_factory=dict)
     environment: Environment | None = None
     command_line: str = ""
+    exports: tuple[Exported, ...] = ()
+    history: tuple[TrainingRun, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return plain dicts, lists, numbers and strings, in the order of the fields."""
@@ -321,12 +352,14 @@ def _read_dataclass(kind: Any, value: Any, path: str) -> Any:
     if not isinstance(value, Mapping):
         raise BadInput(f"{path} holds {_short(value)} where an object belongs; the file was damaged or edited.")
     names = [item.name for item in fields(kind)]
-    wrong = [f"lacks {name!r}" for name in names if name not in value]
+    # a field with a default came later than folders that people still have
+    needed = [item.name for item in fields(kind) if item.default is MISSING and item.default_factory is MISSING]
+    wrong = [f"lacks {name!r}" for name in needed if name not in value]
     wrong += [f"has the unknown field {_short(name)}" for name in value if name not in names]
     if wrong:
         raise BadInput(f"{path} {wrong[0]}; it was edited, or written by another version of archscan.")
     hints = get_type_hints(kind)
-    return kind(**{name: _read(hints[name], value[name], f"{path}: {name}") for name in names})
+    return kind(**{name: _read(hints[name], value[name], f"{path}: {name}") for name in names if name in value})
 
 
 def _described(kind: Any) -> str:

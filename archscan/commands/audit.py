@@ -1,0 +1,113 @@
+"""``archscan audit MODEL --data D``: which criterion is right about this network."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from archscan.arguments import (
+    Parser,
+    add_batch_size,
+    add_model,
+    add_output,
+    add_run,
+    parse_count,
+    parse_numbers,
+    parse_positive_numbers,
+    parse_whole,
+)
+from archscan.commands.printing import progress_for
+from archscan.options import (
+    REAL_SAMPLES,
+    AuditOptions,
+    DataOptions,
+    ModelOptions,
+    OutputOptions,
+    RunOptions,
+)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of ``archscan audit MODEL``."""
+    parser = Parser(
+        prog="archscan audit",
+        allow_abbrev=False,
+        description="Remove channels one by one and in sets, measure the loss, and rank the criteria by how well they "
+        "predicted it. Nothing is slimmed.",
+    )
+    model = add_model(parser)
+    model.add_argument("--weights", default="auto", metavar="W", help="auto (default), pretrained, random, or a FILE")
+    data = parser.add_argument_group("data")
+    source = "labelled images, one folder per class: a DIR, a ZIP, or digits"
+    data.add_argument("--data", required=True, metavar="DATA", help=source)
+    samples = "images that the criteria score on (default: %(default)s)"
+    data.add_argument("--samples", type=parse_count, default=REAL_SAMPLES, metavar="N", help=samples)
+    held_out = "other images to measure losses on (default: %(default)s)"
+    data.add_argument("--held-out", type=parse_count, default=AuditOptions.held_out, metavar="N", help=held_out)
+    data.add_argument("--eval-data", metavar="DATA", help="where those come from (default: more of --data)")
+    add_batch_size(data, DataOptions.batch_size)
+    scale = "per channel, on the scale 0 to 1 (default: the network's)"
+    data.add_argument("--mean", type=parse_numbers, metavar="A,B,C", help=scale)
+    data.add_argument("--std", type=parse_positive_numbers, metavar="A,B,C", help=scale)
+    audit = parser.add_argument_group("audit")
+    names = "names with commas between them, or all (default)"
+    audit.add_argument("--criterion", type=parse_names, metavar="A,B", help=names)
+    units = "single channels to remove, over all groups (default: %(default)s)"
+    audit.add_argument("--units", type=parse_at_least_three, default=AuditOptions.units, metavar="N", help=units)
+    sets = "sets of channels to remove (default: %(default)s)"
+    audit.add_argument("--sets", type=parse_at_least_three, default=AuditOptions.sets, metavar="N", help=sets)
+    machine = add_run(parser)
+    machine.add_argument("--seed", type=parse_whole, default=0, metavar="N", help="of everything random (default: 0)")
+    audit.add_argument("--output", type=Path, metavar="DIR", help="of the audit (default: reports/MODEL-audit)")
+    audit.add_argument("--overwrite", action="store_true", help="replace an existing folder")
+    add_output(parser)
+    return parser
+
+
+def parse_names(text: str) -> tuple[str, ...] | None:
+    """Read names of criteria with commas between them; ``all`` is None."""
+    names = tuple(name.strip() for name in text.split(","))
+    if not all(names):
+        raise argparse.ArgumentTypeError(f"{text!r} leaves a name out between two commas")
+    if len(set(names)) < len(names):
+        raise argparse.ArgumentTypeError(f"{text!r} names a criterion twice")
+    return None if names == ("all",) else names
+
+
+def parse_at_least_three(text: str) -> int:
+    """Read a count from which on there is something to correlate."""
+    number = parse_count(text)
+    if number < 3:
+        raise argparse.ArgumentTypeError(f"{number} removals are too few to correlate anything; 3 are the least")
+    return number
+
+
+def read_options(parsed: argparse.Namespace, command_line: str) -> AuditOptions:
+    """Return what ``archscan audit MODEL`` was asked for."""
+    return AuditOptions(
+        model=ModelOptions(parsed.model, parsed.weights, parsed.input_size, parsed.num_classes),
+        data=DataOptions(parsed.data, parsed.samples, parsed.eval_data, parsed.batch_size, parsed.mean, parsed.std),
+        run=RunOptions(parsed.device, parsed.threads, parsed.seed),
+        output=OutputOptions(parsed.output, parsed.overwrite, parsed.json, parsed.quiet),
+        criteria=parsed.criterion,
+        units=parsed.units,
+        sets=parsed.sets,
+        held_out=parsed.held_out,
+        command_line=command_line,
+    )
+
+
+def run(parsed: argparse.Namespace, command_line: str) -> None:
+    """Audit, save, and print the ranking."""
+    options = read_options(parsed, command_line)
+    from archscan import auditing
+    from archscan.report.audit import json_text
+    from archscan.report.audit_terminal import render_audit, render_audit_verdict
+    from archscan.report.terminal import console, show
+
+    saved = auditing.audit_command(options, progress_for(options.output))
+    if options.output.json:
+        sys.stdout.write(json_text(saved.report))
+    elif options.output.quiet:
+        show(render_audit_verdict(saved.report), console(sys.stdout))
+    else:
+        show(render_audit(saved.report, saved.folder), console(sys.stdout))
