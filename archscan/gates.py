@@ -11,10 +11,12 @@ backward pass, and makes its output require grad, so that differentiation starts
 second-order statistics multiply by real gates and go backward twice. `probes` has the mechanics.
 """
 
-from collections.abc import Callable, Iterable, Sized
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
-from typing import Literal, get_args
+from functools import partial
+from itertools import count
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -24,17 +26,33 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from archscan.errors import BadInput
 from archscan.groups import Coupling
+from archscan.layer_statistics import LayerMoments, LayerWatch
 from archscan.losses import Batch, LossFn, drawn_label_loss, logits_of
 from archscan.probes import Gates, only_gates_differentiable
+from archscan.sharpness import POWER_STEPS, groupwise_product, sharpness
+from archscan.weight_statistics import bn_scale, group_of_unit, read_norm, weight_norm
 
 Progress = Callable[[int, int], None]
 """Called with (batches done, batches in all; 0 where the iterable has no length)."""
 
 Need = Literal[
-    "gradient", "sample_gradient", "fisher_gradient", "hessian_ones", "hessian_diagonal", "weight_norm", "bn_scale"
+    "gradient",
+    "sample_gradient",
+    "fisher_gradient",
+    "hessian_ones",
+    "hessian_diagonal",
+    "weight_norm",
+    "bn_scale",
+    "group",
+    "read_norm",
+    "layer_inputs",
+    "layer_gradients",
+    "sharpness",
 ]
 _SECOND_ORDER: frozenset[str] = frozenset({"hessian_ones", "hessian_diagonal"})
-_PASSES: frozenset[str] = _SECOND_ORDER | {"gradient", "sample_gradient", "fisher_gradient"}
+_BACKWARD: frozenset[str] = _SECOND_ORDER | {"gradient", "sample_gradient", "layer_gradients"}
+_LAYERS: frozenset[str] = frozenset({"layer_inputs", "layer_gradients"})
+_PASSES: frozenset[str] = _BACKWARD | _LAYERS | {"fisher_gradient"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +70,11 @@ class GateStatistics:
         hessian_diagonal_U: Diagonal of the Hessian of the mean loss, float64.
         weight_norm_U: L2 norm of the unit's slices of producers' and consumers' weights, float64.
         bn_scale_U: Mean abs(γ) of the unit's BatchNorm channels, NaN where it has none, float64.
+        group_U: Number of the unit's channel group, -1 where it has none.
+        read_norm_U: L2 norm of the unit's slices of consumers' weights alone, float64.
+        sharpness_U: Largest absolute eigenvalue of the unit's group, see `sharpness`, float64.
+        layer_inputs_L: Second moments of the inputs of every layer that reads units, in the order of the calls.
+        layer_gradients_L: Second moments [G, O, O] of the gradients of their outputs, see `LayerWatch`, float64.
     """
 
     unit_count: int
@@ -64,14 +87,19 @@ class GateStatistics:
     hessian_diagonal_U: np.ndarray | None = None
     weight_norm_U: np.ndarray | None = None
     bn_scale_U: np.ndarray | None = None
+    group_U: np.ndarray | None = None
+    read_norm_U: np.ndarray | None = None
+    sharpness_U: np.ndarray | None = None
+    layer_inputs_L: tuple[LayerMoments, ...] | None = None
+    layer_gradients_L: tuple[np.ndarray, ...] | None = None
 
     @property
     def samples(self) -> int:
         """Calibration samples seen."""
         return sum(self.batch_sizes)
 
-    def require(self, need: Need) -> np.ndarray:
-        """Get a statistic that a criterion needs.
+    def require(self, need: Need) -> Any:
+        """Get a statistic that a criterion needs, an array unless it is one of layers.
 
         Raises:
             BadInput: It was not collected.
@@ -81,6 +109,14 @@ class GateStatistics:
         if values is None:
             raise BadInput(f"the statistics hold no {need}; collect them with what the criterion needs")
         return values
+
+    def require_layers(self, need: Literal["layer_inputs"]) -> tuple[LayerMoments, ...]:
+        """Get the moments of the layers' inputs that a criterion needs.
+
+        Raises:
+            BadInput: They were not collected.
+        """
+        return self.require(need)
 
 
 def collect(
@@ -96,14 +132,15 @@ def collect(
 ) -> GateStatistics:
     """Collect the statistics in `needs` over all batches; the model is left unchanged.
 
-    All of them share one forward pass per batch, in eval mode. A sample is an index of the leading axis of the batch's
-    first tensor; where an activation's leading axis is a multiple of that, each sample's frames are taken to be folded
-    into it, one sample after the other. Units of frozen groups have no gate, and derivatives of 0.
+    All but `sharpness` share one forward pass per batch, in eval mode. A sample is an index of the leading axis of the
+    batch's first tensor; where an activation's leading axis is a multiple of that, each sample's frames are taken to be
+    folded into it, one after the other. Units of frozen groups have no gate, and derivatives of 0.
 
     Args:
         model: The network, on any device; batches are moved there.
         coupling: Places of the gates and owners of the weights.
-        batches: Calibration batches, taken one at a time; not touched where `needs` holds weight statistics only.
+        batches: Calibration batches, taken one at a time; not touched where `needs` holds weight statistics only, and
+            gone through several times for `sharpness`.
         loss_fn: Mean loss of a batch over its samples, each sample's loss depending on that sample alone.
         needs: What to collect.
         seed: Seeds label draws, Hutchinson probes and whatever is random in the model.
@@ -119,19 +156,12 @@ def collect(
     if diagonal_probes < 1:
         raise BadInput(f"diagonal_probes is {diagonal_probes}; the Hessian diagonal takes at least 1")
     rows = _Rows()
-    if needs & _PASSES:
-        device, dtype = _device_and_dtype(model)
-        gates = Gates(coupling, device, dtype)
-        draw = torch.Generator().manual_seed(seed)
-        total = len(batches) if isinstance(batches, Sized) else 0
-        with only_gates_differentiable(model, gates, seed):
-            for number, batch in enumerate(batches, start=1):
-                run = _Run(model, gates, loss_fn, _moved(batch, device), number)
-                _add_batch(rows, run, needs, draw, diagonal_probes)
-                if progress is not None:
-                    progress(number, total)
-        if not rows.sizes:
-            raise BadInput("there is no calibration batch; pass at least one")
+    if needs & (_PASSES | {"sharpness"}):
+        gates = Gates(coupling, *_device_and_dtype(model))
+        if "sharpness" in needs and isinstance(batches, Iterator):
+            batches = list(batches)  # it gives its batches once only
+        passes = 1 + POWER_STEPS * ("sharpness" in needs)
+        rows = _run_all(_Source(model, gates, loss_fn, batches, seed, diagonal_probes, progress, passes), needs)
     return GateStatistics(
         unit_count=coupling.unit_count,
         seed=seed,
@@ -143,56 +173,12 @@ def collect(
         hessian_diagonal_U=rows.averaged("hessian_diagonal"),
         weight_norm_U=weight_norm(model, coupling) if "weight_norm" in needs else None,
         bn_scale_U=bn_scale(model, coupling) if "bn_scale" in needs else None,
+        group_U=group_of_unit(coupling) if "group" in needs else None,
+        read_norm_U=read_norm(model, coupling) if "read_norm" in needs else None,
+        sharpness_U=rows.sharpness_U,
+        layer_inputs_L=rows.layer_inputs_L,
+        layer_gradients_L=rows.layer_gradients_L,
     )
-
-
-# Weight statistics ----------------------------------------------------------------------------------------------------
-
-
-def weight_norm(model: nn.Module, coupling: Coupling) -> np.ndarray:
-    """Compute the L2 norm of all of a unit's weights: its slices of its producers and of its consumers, shape [U]."""
-    squares_U = np.zeros(coupling.unit_count)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    for path, axes in coupling.tensors.items():
-        if path not in parameters:
-            continue
-        squares = parameters[path].detach().double().square().cpu()
-        for owner in axes:
-            if owner.role == "affine":
-                continue
-            keep = {owner.axis} if owner.units.ndim == 1 else {0, owner.axis}
-            summed = squares.numpy().sum(tuple(axis for axis in range(squares.ndim) if axis not in keep))
-            owned = owner.units >= 0
-            np.add.at(squares_U, owner.units[owned], summed[owned])
-    if not np.isfinite(squares_U).all():
-        raise BadInput(
-            "the model's weights hold NaN or infinity; load weights that were saved from a sound training run"
-        )
-    return np.sqrt(squares_U)
-
-
-def bn_scale(model: nn.Module, coupling: Coupling) -> np.ndarray:
-    """Compute the mean abs(γ) over a unit's BatchNorm channels, NaN for units without one, shape [U].
-
-    A BatchNorm is any module with a weight and a running mean, so that custom and frozen ones count too.
-    """
-    sums_U, counts_U = np.zeros(coupling.unit_count), np.zeros(coupling.unit_count)
-    modules = dict(model.named_modules(remove_duplicate=False))
-    for path, axes in coupling.tensors.items():
-        parent, _, name = path.rpartition(".")
-        module = modules.get(parent)
-        if name != "weight" or getattr(module, "running_mean", None) is None:
-            continue
-        scale = getattr(module, name).detach().double().abs().cpu().numpy()
-        for owner in axes:
-            owned = owner.units >= 0
-            np.add.at(sums_U, owner.units[owned], scale[owned])
-            np.add.at(counts_U, owner.units[owned], 1)
-    if not counts_U.any():
-        raise BadInput("no channel that could be removed has a BatchNorm; choose a criterion other than bn-scale")
-    if not np.isfinite(sums_U).all():
-        raise BadInput("a BatchNorm weight is NaN or infinite; load weights that were saved from a sound training run")
-    return np.divide(sums_U, counts_U, out=np.full_like(sums_U, np.nan), where=counts_U > 0)
 
 
 # One batch ------------------------------------------------------------------------------------------------------------
@@ -209,11 +195,36 @@ class _Run:
     number: int
 
 
+@dataclass(frozen=True, eq=False)
+class _Source:
+    """Where runs come from, and how random numbers are drawn for them."""
+
+    model: nn.Module
+    gates: Gates
+    loss_fn: LossFn
+    batches: Iterable[Batch]
+    seed: int
+    diagonal_probes: int
+    progress: Progress | None
+    passes: int
+
+    def runs(self, number_of_pass: int) -> Iterator[_Run]:
+        """Go through all batches once, counting passes from 0."""
+        total = len(self.batches) if isinstance(self.batches, Sized) else 0
+        for number, batch in enumerate(self.batches, start=1):
+            yield _Run(self.model, self.gates, self.loss_fn, _moved(batch, self.gates.device), number)
+            if self.progress is not None:
+                self.progress(number_of_pass * total + number, self.passes * total)
+
+
 @dataclass
 class _Rows:
     """Statistics of the batches so far, by name; absent where not asked for."""
 
     sizes: list[int] = field(default_factory=list)
+    layer_inputs_L: tuple[LayerMoments, ...] | None = None
+    layer_gradients_L: tuple[np.ndarray, ...] | None = None
+    sharpness_U: np.ndarray | None = None
     by_name: dict[Need, list[np.ndarray]] = field(default_factory=dict)
 
     def stacked(self, name: Need) -> np.ndarray | None:
@@ -226,32 +237,69 @@ class _Rows:
         return np.average(self.by_name[name], axis=0, weights=self.sizes) if name in self.by_name else None
 
 
-def _add_batch(rows: _Rows, run: _Run, needs: frozenset[Need], draw: torch.Generator, diagonal_probes: int) -> None:
-    """Run one batch and add its statistics to `rows`."""
+def _run_all(source: _Source, needs: frozenset[Need]) -> _Rows:
+    """Make all passes over the batches."""
+    rows = _Rows()
+    with only_gates_differentiable(source.model, source.gates, source.seed):
+        _add_batches(rows, source, needs)
+        if "sharpness" in needs:
+            coupling = source.gates.coupling
+            rows.sharpness_U = _sharpness(source, group_of_unit(coupling), read_norm(source.model, coupling))
+    return rows
+
+
+def _add_batches(rows: _Rows, source: _Source, needs: frozenset[Need]) -> None:
+    """Go through all batches once and add their statistics to `rows`."""
+    draw = torch.Generator().manual_seed(source.seed)
+    watch = LayerWatch("layer_inputs" in needs, "layer_gradients" in needs) if needs & _LAYERS else None
+    source.gates.watch = watch
+    for run in source.runs(0):
+        with _refusing_bad_runs(run, needs):
+            found = _statistics(run, needs, draw, source.diagonal_probes)
+        for name, values in found.items():
+            _require_finite(run, values, name)
+            rows.by_name.setdefault(name, []).append(values.cpu().numpy())
+        rows.sizes.append(run.gates.samples)
+    source.gates.watch = None
+    if not rows.sizes:
+        raise BadInput("there is no calibration batch; pass at least one")
+    if watch is not None:
+        rows.layer_inputs_L = watch.input_moments() if watch.inputs else None
+        rows.layer_gradients_L = watch.gradient_moments() if watch.gradients else None
+
+
+@contextmanager
+def _refusing_bad_runs(run: _Run, needs: frozenset[Need]) -> Iterator[None]:
+    """Turn what PyTorch says of a batch into a refusal."""
     try:
-        found = _statistics(run, needs, draw, diagonal_probes)
+        yield
     except RuntimeError as error:
-        remedy = "choose a first-order criterion" if needs & _SECOND_ORDER else "try a smaller batch or another loss_fn"
+        second = needs & (_SECOND_ORDER | {"sharpness"})
+        remedy = "choose a first-order criterion" if second else "try a smaller batch or another loss_fn"
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise BadInput(f"calibration batch {run.number} cannot be differentiated: {reason}; {remedy}") from error
-    for name, values in found.items():
-        _require_finite(run, values, name)
-        rows.by_name.setdefault(name, []).append(values.cpu().numpy())
-    rows.sizes.append(run.gates.samples)
+
+
+def _loss(run: _Run, *, multiply: bool, backward: bool = True) -> Tensor:
+    """Run the model forward, with real gates or with probes."""
+    run.gates.begin(_sample_count(run.batch), multiply=multiply)
+    # Fused attention kernels can be differentiated only once.
+    attention = sdpa_kernel(SDPBackend.MATH) if multiply else nullcontext()
+    with run.gates, attention, torch.set_grad_enabled(backward):
+        loss = run.loss_fn(run.model, run.batch)
+    run.gates.require_placed()
+    _require_loss(run, loss, backward=backward)
+    return loss
 
 
 def _statistics(run: _Run, needs: frozenset[Need], draw: torch.Generator, diagonal_probes: int) -> dict[Need, Tensor]:
     """Compute one batch's statistics from one forward pass; backward passes are shared too."""
     second = bool(needs & _SECOND_ORDER)
-    run.gates.begin(_sample_count(run.batch), multiply=second)
-    # Fused attention kernels can be differentiated only once.
-    with run.gates, sdpa_kernel(SDPBackend.MATH) if second else nullcontext():
-        loss = run.loss_fn(run.model, run.batch)
-    run.gates.require_placed()
-    _require_loss(run, loss)
+    loss = _loss(run, multiply=second, backward=bool(needs & (_PASSES - {"layer_inputs"})))
     found: dict[Need, Tensor] = {}
-    if needs - {"fisher_gradient"} & _PASSES:
-        gradient_NU = run.gates.gradient(loss, keep_graph="fisher_gradient" in needs, differentiable=second)
+    if needs & _BACKWARD:
+        with nullcontext() if run.gates.watch is None else run.gates.watch.counting():
+            gradient_NU = run.gates.gradient(loss, keep_graph="fisher_gradient" in needs, differentiable=second)
         found["gradient"] = gradient_NU.detach().double().mean(0)
         found["sample_gradient"] = gradient_NU.detach()
     if "hessian_ones" in needs:
@@ -263,6 +311,27 @@ def _statistics(run: _Run, needs: frozenset[Need], draw: torch.Generator, diagon
         drawn = drawn_label_loss(logits_of(run.gates.output), draw)
         found["fisher_gradient"] = run.gates.gradient(drawn, keep_graph=False, differentiable=False)
     return {name: values for name, values in found.items() if name in needs}
+
+
+def _sharpness(source: _Source, group_U: np.ndarray, norm_U: np.ndarray) -> np.ndarray:
+    """Compute the largest absolute eigenvalue of each group by `sharpness`, with one pass for each product."""
+    passes = count(1)
+
+    def product(vector_U: np.ndarray) -> np.ndarray:
+        total_U, samples = np.zeros(len(vector_U)), 0
+        draw = torch.Generator().manual_seed(source.seed)
+        for run in source.runs(next(passes)):
+            with _refusing_bad_runs(run, frozenset({"sharpness"})):
+                loss = _loss(run, multiply=True)
+                gradient_NU = run.gates.gradient(loss, keep_graph=False, differentiable=True)
+                multiply = partial(run.gates.hessian_product, gradient_NU)
+                rows_NU = groupwise_product(multiply, vector_U, group_U, gradient_NU, draw, source.diagonal_probes)
+            _require_finite(run, rows_NU, "sharpness")
+            total_U += rows_NU.double().sum(0).cpu().numpy()
+            samples += run.gates.samples
+        return total_U / samples
+
+    return sharpness(product, group_U, norm_U)
 
 
 def _hessian_diagonal(gates: Gates, gradient_NU: Tensor, probes: int) -> Tensor:
@@ -305,7 +374,7 @@ def _sample_count(batch: Batch) -> int:
     )
 
 
-def _require_loss(run: _Run, loss: Tensor) -> None:
+def _require_loss(run: _Run, loss: Tensor, *, backward: bool) -> None:
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         kind = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
         raise BadInput(f"loss_fn returned {kind}; it must return a scalar tensor, the mean over the batch")
@@ -314,7 +383,7 @@ def _require_loss(run: _Run, loss: Tensor) -> None:
             f"the loss of calibration batch {run.number} is {loss.item()}; check the weights and the images for NaN"
             " and infinity"
         )
-    if not loss.requires_grad:
+    if backward and not loss.requires_grad:
         raise BadInput(
             f"the loss of calibration batch {run.number} does not depend on any gate; let the model run with gradients"
         )

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from archscan.capture import ContractionMode, train_mode
 from archscan.errors import BadInput
 from archscan.groups import Consumer, Coupling
+from archscan.layer_statistics import LayerWatch, read_call
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +36,11 @@ class _Place:
     @property
     def name(self) -> str:
         return self.consumer.module or "the model"
+
+    def units(self, unit_count: int) -> np.ndarray:
+        """Give the unit of each channel that could be removed, -1 for the others."""
+        columns = self.columns.cpu().numpy()
+        return np.where(columns < unit_count, columns, -1)
 
     def channel_axis(self, activation: Any) -> int:
         """Find the channel axis, from 0, of what was passed to the call, checking that it is what was captured."""
@@ -79,10 +85,12 @@ class Gates(ContractionMode):
     Attributes:
         samples: Samples of the batch that runs.
         output: What the model returned last.
+        watch: Gets to know every layer that reads units; None where nobody wants to.
     """
 
     def __init__(self, coupling: Coupling, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
+        self.watch: LayerWatch | None = None
         self.coupling = coupling
         self.samples = 0
         self.output: Any = None
@@ -169,10 +177,16 @@ class Gates(ContractionMode):
     ) -> Any:
         """Run contraction `number` on probed or gated operands."""
         operands = list(args)
-        for place in self._places.get(number, ()) if self._running else ():
+        places = self._places.get(number, ()) if self._running else ()
+        for place in places:
             index = place.consumer.operand
             operands[index : index + 1] = [self._gated(place, operands[index] if index < len(operands) else None)]
-        return func(*operands, **kwargs)
+        result = func(*operands, **kwargs)
+        if self.watch is not None:
+            for place in places:
+                call = read_call(func, operands, kwargs, place.consumer)
+                self.watch.on_call(place.consumer, place.units(self.coupling.unit_count), call, self.samples, result)
+        return result
 
     def _gated(self, place: _Place, activation: Any) -> Tensor:
         axis = place.channel_axis(activation)
