@@ -12,7 +12,8 @@ loss, and the Gram matrix stays the same (Zhang et al. 2015, "Accelerating very 
 same problem by alternation).
 
 Shape suffixes: G groups of the convolution, K columns (inputs of one output), O outputs of one group, R rows
-(positions of all images). Products are summed in float64 in chunks; the im2col matrix never exists as a whole.
+(positions of all images). Chunks are multiplied in the precision of the activations and summed in float64; the im2col
+matrix never exists as a whole.
 
 The decision that is not obvious: moments are taken of the *error* that the present weights leave, not of the targets.
 The ridge then pulls towards those weights, the error of any change follows from the moments alone, and wide layers are
@@ -211,7 +212,7 @@ class _Factor:
 
 
 class _Stream:
-    """The samples of one layer as chunks of positions, in float64."""
+    """The samples of one layer as chunks of positions."""
 
     def __init__(self, layer: Layer, samples: Sequence[Sample], effort: Effort) -> None:
         self.layer = layer
@@ -239,8 +240,9 @@ class _Stream:
             target_GOR, found_GOR = chunk.target_GOR, self._predicted(chunk, change)
             if self.layer.rectified:
                 target_GOR, found_GOR = target_GOR.relu(), found_GOR.relu()
-            error = error + (target_GOR - found_GOR).square().sum()
-            total_GO, square_GO = total_GO + target_GOR.sum(2), square_GO + target_GOR.square().sum(2)
+            error = error + (target_GOR - found_GOR).square().sum(dtype=torch.float64)
+            total_GO = total_GO + target_GOR.sum(2, dtype=torch.float64)
+            square_GO = square_GO + target_GOR.square().sum(2, dtype=torch.float64)
             rows += target_GOR.shape[2]
         variance = (square_GO - total_GO.square() / rows).sum()
         return float(error), max(float(variance), torch.finfo(torch.float64).tiny)
@@ -256,25 +258,29 @@ class _Stream:
             error_GOR = self._error(chunk, change, one_sided=one_sided)
             columns_GKR = chunk.columns_GKR[:, block]
             if gram:
-                gram_GKK.baddbmm_(columns_GKR, columns_GKR.transpose(1, 2))
-            cross_GKO.baddbmm_(columns_GKR, error_GOR.transpose(1, 2))
-            column_GK += columns_GKR.sum(2)
-            error_GO += error_GOR.sum(2)
-            square_GO += error_GOR.square().sum(2)
+                gram_GKK += columns_GKR @ columns_GKR.transpose(1, 2)
+            cross_GKO += columns_GKR @ error_GOR.transpose(1, 2)
+            column_GK += columns_GKR.sum(2, dtype=torch.float64)
+            error_GO += error_GOR.sum(2, dtype=torch.float64)
+            square_GO += error_GOR.square().sum(2, dtype=torch.float64)
             rows += columns_GKR.shape[2]
         return _Moments(gram_GKK, cross_GKO, column_GK, error_GO, square_GO, rows)
 
     def _predicted(self, chunk: _Chunk, change: _Change) -> Tensor:
-        weight_GOK = (self.weight_GKO + change.weight_GKO).transpose(1, 2)
-        found_GOR = weight_GOK @ chunk.columns_GKR + (self.bias_GO + change.bias_GO)[:, :, None]
-        return found_GOR * self.scale_GO[:, :, None] + self.offset_GO[:, :, None] + chunk.shortcut_GOR
+        """Give p of the positions of a chunk, in the precision of its columns."""
+        scale_GO1 = self.scale_GO[:, :, None]
+        weight_GOK = scale_GO1 * (self.weight_GKO + change.weight_GKO).transpose(1, 2)
+        offset_GO1 = scale_GO1 * (self.bias_GO + change.bias_GO)[:, :, None] + self.offset_GO[:, :, None]
+        dtype = chunk.columns_GKR.dtype
+        return weight_GOK.to(dtype) @ chunk.columns_GKR + offset_GO1.to(dtype) + chunk.shortcut_GOR
 
     def _error(self, chunk: _Chunk, change: _Change, *, one_sided: bool) -> Tensor:
         """Give target − prediction in units of y; outputs that BatchNorm multiplies by zero have none."""
         found_GOR, target_GOR = self._predicted(chunk, change), chunk.target_GOR
         if one_sided:
             target_GOR = target_GOR.where(target_GOR > 0, found_GOR.clamp(max=0))
-        error_GOR = (target_GOR - found_GOR) / self.scale_GO.masked_fill(self.dead_GO, 1.0)[:, :, None]
+        scale_GO = self.scale_GO.masked_fill(self.dead_GO, 1.0).to(found_GOR.dtype)
+        error_GOR = (target_GOR - found_GOR) / scale_GO[:, :, None]
         return error_GOR.masked_fill(self.dead_GO[:, :, None], 0.0)
 
     def _chunks(self) -> Iterator[_Chunk]:
@@ -294,7 +300,7 @@ class _Stream:
                     _by_group(target[part].flatten(2), groups, outputs),
                     _by_group(shortcut[part].flatten(2), groups, outputs)
                     if shortcut is not None
-                    else columns.new_zeros((), dtype=torch.float64),
+                    else columns.new_zeros(()),
                 )
 
 
@@ -315,10 +321,10 @@ def _columns(layer: Layer, inputs_NCHW: Tensor, start: tuple[int, int], skip: in
 
 
 def _by_group(values_NCR: Tensor, groups: int, size: int) -> Tensor:
-    """Lay positions of all images side by side, group by group, in float64."""
+    """Lay positions of all images side by side, group by group, in float32 or better."""
     images, _, rows = values_NCR.shape
     grouped = values_NCR.reshape(images, groups, size, rows).permute(1, 2, 0, 3)
-    return grouped.to(torch.float64).reshape(groups, size, images * rows)
+    return grouped.to(torch.promote_types(values_NCR.dtype, torch.float32)).reshape(groups, size, images * rows)
 
 
 def solve(layer: Layer, fit: Sequence[Sample], holdout: Sequence[Sample], effort: Effort | None = None) -> Solution:

@@ -13,6 +13,18 @@ from typing import Literal
 DEFAULT_CRITERION = "obd"
 """What scores channels where nothing else is asked for, from the command line and from Python."""
 
+LEAST_SQUARES_CRITERION = "obd-obc"
+"""The same where the repair by least squares follows, as long as the network has layers of kinds that it knows."""
+
+
+def default_criterion(recover: str | None) -> str:
+    """Choose the criterion for a repair, where none is asked for."""
+    return LEAST_SQUARES_CRITERION if recover == "ls" else DEFAULT_CRITERION
+
+
+DEFAULT_ROUNDS = 1
+"""In how many rounds a network is slimmed, scored anew before each."""
+
 REAL_SAMPLES, SYNTHETIC_SAMPLES = 256, 32
 """Calibration images where no number is asked for; more noise says no more."""
 
@@ -117,10 +129,13 @@ class SlimOptions:
     """Everything that ``archscan MODEL`` asks for.
 
     Attributes:
-        criterion: A name from the criteria table.
+        criterion: A name from the criteria table; None for `default_criterion`.
         recover: Repair after slimming: ``bn`` recalibrates BatchNorm statistics, ``bias`` corrects mean outputs, ``ls``
             re-solves weights by least squares; None is ``ls`` where the data are real and the network has BatchNorm
             (``bn`` where there are too few images).
+        rounds: In how many steps to slim, each repaired, and scored anew before the next.
+        set_effects: Whether a set of units costs the sum of their saliencies, or what a quadratic form says.
+        exports: Formats to write besides: ``onnx``, ``pt2``, ``script``.
         command_line: As typed, for the report.
     """
 
@@ -129,8 +144,11 @@ class SlimOptions:
     data: DataOptions = field(default_factory=DataOptions)
     run: RunOptions = field(default_factory=RunOptions)
     output: OutputOptions = field(default_factory=OutputOptions)
-    criterion: str = DEFAULT_CRITERION
+    criterion: str | None = None
     recover: Literal["none", "bn", "bias", "ls"] | None = None
+    rounds: int = DEFAULT_ROUNDS
+    set_effects: Literal["additive", "quadratic"] = "additive"
+    exports: tuple[str, ...] = ()
     command_line: str = ""
 
 
@@ -141,6 +159,31 @@ class ScanOptions:
     model: ModelOptions
     protect: tuple[str, ...] = ()
     output: OutputOptions = field(default_factory=OutputOptions)
+    command_line: str = ""
+
+
+@dataclass(frozen=True)
+class AuditOptions:
+    """Everything that ``archscan audit MODEL`` asks for.
+
+    Attributes:
+        data: Images to score on (``source``, ``samples``), and to measure on (``eval_source``; None for more of
+            ``source``, none of which is scored on).
+        criteria: Names; None for all of the table.
+        units: Single units to remove.
+        sets: Sets of units to remove.
+        held_out: Images to measure loss changes on.
+        command_line: As typed, for the report.
+    """
+
+    model: ModelOptions
+    data: DataOptions
+    run: RunOptions = field(default_factory=RunOptions)
+    output: OutputOptions = field(default_factory=OutputOptions)
+    criteria: tuple[str, ...] | None = None
+    units: int = 100
+    sets: int = 40
+    held_out: int = REAL_SAMPLES
     command_line: str = ""
 
 

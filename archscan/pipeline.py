@@ -9,13 +9,16 @@ from typing import Literal, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 
-from archscan import export
+from archscan import saving
 from archscan.criteria import criterion
 from archscan.data import ImageSet, calibration_images, evaluation_images
 from archscan.errors import BadInput
 from archscan.evaluation import top_one
+from archscan.exporters import Pair, check_formats, export_pair
+from archscan.heldout import LEAST_SAMPLES
 from archscan.losses import sampled_label_loss
 from archscan.options import (
+    DEFAULT_CRITERION,
     REAL_SAMPLES,
     SYNTHETIC_SAMPLES,
     EvaluateOptions,
@@ -24,10 +27,10 @@ from archscan.options import (
     RunOptions,
     ScanOptions,
     SlimOptions,
+    default_criterion,
 )
 from archscan.planner import Budget, Plan
 from archscan.recipes import split_file_name
-from archscan.reconstruct import LEAST_SAMPLES
 from archscan.report import model as numbers
 from archscan.report.model import Evaluation, Report, Saved
 from archscan.results import Context, SlimResult, SlimSettings, report_of, report_of_scan, save_result
@@ -106,9 +109,9 @@ def slim_command(options: SlimOptions, progress: ProgressFactory) -> Saved:
     with watch.stage("open"), progress(f"Opening {options.model.name}") as step:
         step(0, 0)
         subject = _open(options.model, options)
-        history = export.read_history(options.model.name) if is_saved(options.model.name) else ()
+        history = saving.read_history(options.model.name) if is_saved(options.model.name) else ()
     folder = options.output.folder or _default_folder(subject, options)
-    export.check_target(folder, overwrite=options.output.overwrite)
+    saving.check_target(folder, overwrite=options.output.overwrite)
     recover = _recovery(options, subject)
     with watch.stage("data"):
         images = _read_images(options, subject, recover, progress)
@@ -132,19 +135,25 @@ def slim_command(options: SlimOptions, progress: ProgressFactory) -> Saved:
     result = replace(result, model=result.model.cpu(), seconds={**watch.seconds, **result.seconds})
     report = report_of(result, context)
     save_result(result, report, folder, overwrite=options.output.overwrite)
+    if options.exports:
+        pair = Pair(subject.model.cpu(), result.model, report)
+        report = export_pair(folder.expanduser(), pair, subject.example_input, options.exports, progress=progress)
     return Saved(report, folder.expanduser())
 
 
 def _check_options(options: SlimOptions) -> None:
     """Refuse, before anything is opened, what is unknown and what would have no effect."""
-    criterion(options.criterion)
+    named = options.criterion or DEFAULT_CRITERION
+    criterion(named)
     Budget(options.budget.kind, options.budget.ratio)
+    if options.exports:
+        check_formats(options.exports)
     synthetic = options.data.source == SYNTHETIC
     if synthetic and options.recover not in (None, "none"):
         raise BadInput(f"--recover {options.recover} needs real images, noise would mislead it; pass --data")
-    if not synthetic and options.recover == "none" and not reads_images(options.criterion):
+    if not synthetic and options.recover == "none" and not reads_images(named):
         raise BadInput(
-            f"--criterion {options.criterion} looks at weights only, so that --data would have no effect; "
+            f"--criterion {named} looks at weights only, so that --data would have no effect; "
             "leave it out, or let --recover ls use it"
         )
 
@@ -163,11 +172,15 @@ def _recovery(options: SlimOptions, subject: Subject) -> Recovery:
     return options.recover or ("none" if not useful else "ls" if enough else "bn")
 
 
+def _named(options: SlimOptions, recover: Recovery) -> str:
+    return options.criterion or default_criterion(recover)
+
+
 def _read_images(options: SlimOptions, subject: Subject, recover: Recovery, progress: ProgressFactory) -> _Images:
     data = options.data
     synthetic = data.source == SYNTHETIC
     calibration = evaluation = None
-    if reads_images(options.criterion) or recover != "none":
+    if reads_images(_named(options, recover)) or recover != "none":
         with progress("Reading calibration images") as step:
             calibration = calibration_images(
                 data.source,
@@ -179,8 +192,8 @@ def _read_images(options: SlimOptions, subject: Subject, recover: Recovery, prog
             )
     elif not synthetic:
         raise BadInput(
-            f"nothing looks at --data: --criterion {options.criterion} reads weights only, and {subject.name} has no "
-            "BatchNorm to recalibrate; leave it out"
+            f"nothing looks at --data: --criterion {_named(options, recover)} reads weights only, and {subject.name} "
+            "has no BatchNorm to recalibrate; leave it out"
         )
     if data.eval_source is not None:
         with progress("Reading evaluation images") as step:
@@ -214,7 +227,7 @@ def _slim(
         data=None if calibration is None else Batches(calibration),
         criterion=options.criterion,
         loss_fn=sampled_label_loss(seed) if drawn else None,
-        settings=SlimSettings(rule, budget.protect, recover, seed),
+        settings=SlimSettings(rule, budget.protect, recover, seed, options.rounds, options.set_effects),
         recipe=subject.recipe,
         progress=progress,
     )
@@ -268,7 +281,7 @@ def _warnings(weights: WeightsInfo, images: _Images) -> Iterator[str]:
 
 def _notes(options: SlimOptions, images: _Images) -> Iterator[str]:
     calibration = images.calibration
-    if calibration is not None and not images.labels_fit and reads_images(options.criterion):
+    if calibration is not None and not images.labels_fit and reads_images(options.criterion or DEFAULT_CRITERION):
         why = "noise has none" if calibration.is_synthetic else "the classes of the data are not the model's"
         yield f"Labels were drawn from the model's own predictions (the true Fisher), since {why}."
     for what, found in (("calibration", calibration), ("evaluation", images.evaluation)):

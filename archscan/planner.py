@@ -10,7 +10,7 @@ best; which units stay then follows from their saliencies alone.
 
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from fractions import Fraction
@@ -23,6 +23,7 @@ from archscan.costs import CostModel
 from archscan.errors import BadInput, InfeasibleBudget
 from archscan.groups import ChannelGroup
 from archscan.search import Problem, State, search, uniform
+from archscan.set_effects import SetEffects, refine, removed_units
 from archscan.widths import WidthRule, best_steps, choices
 
 __all__ = ["Budget", "BudgetKind", "Costs", "Plan", "WidthRule", "check_fits", "plan", "protect", "uniform_plan"]
@@ -208,6 +209,8 @@ def plan(
     rule: WidthRule,
     *,
     seed: int = 0,
+    gone_U: np.ndarray | None = None,
+    effects: SetEffects | None = None,
 ) -> Plan:
     """Keep the units that lose least saliency, at a cost of at most `budget` and as close below as widths allow.
 
@@ -218,15 +221,50 @@ def plan(
         budget: What must not be exceeded.
         rule: Which widths are allowed.
         seed: Of the search's random restarts.
+        gone_U: Which units an earlier round removed, boolean; they stay away and their saliency is not read. The losses
+            of the plan count the others only.
+        effects: What sets of units lose together; None where that is the sum of their saliencies. The losses of the
+            plan are those of sets then.
 
     Raises:
         BadInput: Saliency that is not finite or not one per unit, or a network that costs nothing.
         InfeasibleBudget: Even the narrowest widths cost more.
     """
-    problem = _problem(groups, saliency_U, costs, budget, rule)
+    problem = _problem(groups, saliency_U, costs, budget, rule, gone_U)
     restarts = max(1, RESTART_WORK // max(len(groups), 1) ** 2)
     column_G = search(problem, seed=seed, restarts=min(restarts, 40))
-    return _plan(groups, saliency_U, costs, budget, problem, column_G)
+    found = _plan(groups, saliency_U, costs, budget, problem, column_G, gone_U)
+    if effects is None:
+        return found
+
+    def replan(marginal_U: np.ndarray) -> Plan:
+        posed = _problem(groups, marginal_U, costs, budget, rule, gone_U)
+        return _plan(groups, marginal_U, costs, budget, posed, search(posed, seed=seed, restarts=0), gone_U)
+
+    even = _plan(groups, saliency_U, costs, budget, problem, uniform(problem), gone_U)
+    return _with_set_effects(groups, effects, (found, even), replan, costs, gone_U)
+
+
+def _with_set_effects(
+    groups: Sequence[ChannelGroup],
+    effects: SetEffects,
+    starts: tuple[Plan, Plan],
+    replan: Callable[[np.ndarray], Plan],
+    costs: CostModel,
+    gone_U: np.ndarray | None,
+) -> Plan:
+    """Improve on additive plans, the best one and the uniform one, by what sets lose together."""
+    lost, even = (effects.loss(removed_units(groups, start.kept, effects, gone_U)) for start in starts)
+    start = starts[0] if lost <= even else starts[1]
+    kept = refine(groups, effects, start.kept, lambda marginal_U: replan(marginal_U).kept, gone_U)
+    widths_G = np.array([len(kept[group.name][0]) for group in groups])
+    return replace(
+        start,
+        kept=kept,
+        after=_costs(costs, widths_G),
+        saliency_lost=effects.loss(removed_units(groups, kept, effects, gone_U)),
+        saliency_lost_uniform=even,
+    )
 
 
 def uniform_plan(
@@ -247,11 +285,16 @@ def uniform_plan(
 
 
 def _problem(
-    groups: Sequence[ChannelGroup], saliency_U: np.ndarray, costs: CostModel, budget: Budget, rule: WidthRule
+    groups: Sequence[ChannelGroup],
+    saliency_U: np.ndarray,
+    costs: CostModel,
+    budget: Budget,
+    rule: WidthRule,
+    gone_U: np.ndarray | None = None,
 ) -> Problem:
     """Check the planner's input and pose the search; raises what `plan` raises."""
     _check_groups(groups, saliency_U, costs)
-    table = choices(groups, np.asarray(saliency_U, dtype=np.float64), rule)
+    table = choices(groups, np.asarray(saliency_U, dtype=np.float64), rule, gone_U)
     full_G = costs.full_widths_G
     dense = costs.evaluate(budget.kind, full_G)
     narrowest = costs.evaluate(budget.kind, table.steps_GN[:, 0])
@@ -286,13 +329,14 @@ def _plan(
     budget: Budget,
     problem: Problem,
     column_G: np.ndarray,
+    gone_U: np.ndarray | None = None,
 ) -> Plan:
     state, baseline = State(problem, column_G), State(problem, uniform(problem))
     after = _costs(costs, state.width_G)
     assert getattr(after, budget.kind) <= problem.limit, "the search works with the prices that the cost model gives"
     return Plan(
         kept={
-            g.name: best_steps(g, np.asarray(saliency_U), int(width))
+            g.name: best_steps(g, np.asarray(saliency_U), int(width), gone_U)
             for g, width in zip(groups, state.width_G, strict=True)
         },
         budget=budget,

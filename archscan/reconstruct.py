@@ -6,6 +6,9 @@ before it produce. Where a BatchNorm follows, what is compared is its output, an
 where the layer ends a residual branch, it is the sum with the shortcut, so that a branch makes up for errors of the
 shortcut too. Luo et al. 2017 (ThiNet) and He et al. 2017 ("Channel pruning") solve single layers in this way.
 
+A fit of wide layers to few images follows their noise, so that more images are worth much. Mirror images are more of
+them where the original does not mind: where it gives most of them the class that it gives the image itself.
+
 Each layer keeps its weights where that is better on images that the fit has not seen. After that, each step as a whole
 has to bring the network's outputs closer to the original's on the same images, or is taken back.
 
@@ -23,11 +26,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils._pytree import tree_flatten
 
 from archscan.capture import train_mode
-from archscan.errors import BadInput
+from archscan.heldout import LEAST_SAMPLES, count, distance, gathered, minds_no_mirror, split
 from archscan.least_squares import Effort, Layer, Sample, Solution, solve
 from archscan.lockstep import Meeting, lockstep
 from archscan.recover import recalibrate_batchnorm
@@ -39,12 +40,10 @@ StepName = Literal["bias", "ls", "bn"]
 Progress = Callable[[int, int], None]
 """Called with (layers done, layers in all)."""
 
-HOLDOUT_SHARE = 1 / 8
-LEAST_SAMPLES = 16
-_CHUNKS = 16
 _LIVE_TENSORS = 5
 """Activations of the largest size that both networks hold at a time, as in a residual block."""
 
+_SAID: Mapping[StepName, str] = {"ls": "least squares", "bias": "bias correction", "bn": "BatchNorm recalibration"}
 _NOT_ABSORBABLE = "no bias and no BatchNorm of its own takes up a mean"
 _MISPLACED = "its outputs lie at other positions in the slim network"
 
@@ -104,6 +103,7 @@ class Repaired:
         skipped: Weight or name of each contraction that was left alone, and why.
         samples: Images that were fitted to.
         holdout: Images that it was checked on.
+        mirrored: Whether the mirror images of the former were fitted to as well.
     """
 
     model: nn.Module
@@ -112,6 +112,7 @@ class Repaired:
     skipped: Mapping[str, str]
     samples: int
     holdout: int
+    mirrored: bool = False
 
     def clause(self) -> str:
         """Say in one clause what was done."""
@@ -122,8 +123,27 @@ class Repaired:
         }
         done = " and ".join(named[step.name] for step in self.steps if step.kept) or "nothing repaired"
         back = ", ".join(step.name for step in self.steps if not step.kept)
-        return f"{done} on {self.samples} images, checked on {self.holdout} others" + (
+        mirrored = " and their mirror images" if self.mirrored else ""
+        return f"{done} on {self.samples} images{mirrored}, checked on {self.holdout} others" + (
             f" ({back} did not help and was taken back)" if back else ""
+        )
+
+    def note(self) -> str:
+        """Say in a sentence how it was seen that no step hurts."""
+        said = ", ".join(
+            f"{_SAID[step.name]} {'was kept' if step.kept else 'was rolled back'} "
+            f"({step.loss_before:.3g} to {step.loss_after:.3g})"
+            for step in self.steps
+        )
+        stayed = sum(layer.changed == "nothing" for layer in self.layers)
+        rest = [f"no change to {stayed} of {len(self.layers)} layers fitted those images better"]
+        rest = rest if stayed else []
+        if self.skipped:
+            name, why = next(iter(self.skipped.items()))
+            rest.append(f"{len(self.skipped)} could not be solved for (such as {name}: {why})")
+        return (
+            f"Each repair is kept only where it brings the outputs closer to the original's on {self.holdout} held-out "
+            f"calibration images, or is rolled back: {said}{'; ' if rest else ''}{' and '.join(rest)}."
         )
 
 
@@ -157,13 +177,16 @@ def repair(
         BadInput: There are too few images, or the slim network's forward differs from the original's.
     """
     device = next((tensor.device for tensor in slim.parameters()), torch.device("cpu"))
-    images = _gathered(batches).to(device)
+    images = gathered(batches).to(device)
     job = _Job(original, surgery, effort or Effort(), progress)
     with train_mode(original, False), train_mode(slim, False):
         rehearsal = rehearse(original, images[:2])
-        images = images[: _affordable(rehearsal, len(images), max_bytes)]
-        fit, holdout = _split(images)
-        repaired = _repaired(job, slim, rehearsal, fit, holdout, level)
+        room = _affordable(rehearsal, max_bytes)
+        fit, holdout = split(images[: max(LEAST_SAMPLES, room)])
+        mirrored = level == "ls" and 2 * count(fit) + count(holdout) <= room and minds_no_mirror(original, holdout)
+        more = [chunk.flip(-1) for chunk in fit] if mirrored else []
+        repaired = _repaired(job, slim, rehearsal, [*fit, *more], holdout, level)
+        repaired = replace(repaired, samples=count(fit), mirrored=mirrored)
     for new, old in zip(repaired.model.modules(), slim.modules(), strict=True):
         new.training = old.training
     return repaired
@@ -203,65 +226,15 @@ def _repaired(
     for place in rehearsal.places if layers else ():
         if place.weight not in done:
             skipped[place.weight] = _MISPLACED if solved or place.bias or place.mean else _NOT_ABSORBABLE
-    return Repaired(copy.deepcopy(model), tuple(steps), layers, skipped, _count(fit), _count(holdout))
-
-
-# Images ---------------------------------------------------------------------------------------------------------------
-
-
-def _gathered(batches: Iterable[Any]) -> Tensor:
-    parts = [batch[0] if isinstance(batch, (tuple, list)) and batch else batch for batch in batches]
-    if not all(isinstance(part, Tensor) and part.shape[1:] == parts[0].shape[1:] for part in parts):
-        raise BadInput("repair needs batches of images of one size; pass tensors, or (images, labels) pairs")
-    count = sum(len(part) for part in parts)
-    if count < LEAST_SAMPLES:
-        raise BadInput(
-            f"repair needs at least {LEAST_SAMPLES} calibration images, to fit to and to check on, not {count}; "
-            "pass more, or choose BatchNorm recalibration"
-        )
-    return torch.cat(parts)
-
-
-def _affordable(rehearsal: Rehearsal, count: int, max_bytes: int) -> int:
-    fitting = max_bytes // max(1, _LIVE_TENSORS * rehearsal.largest_bytes)
-    return max(LEAST_SAMPLES, min(count, fitting))
-
-
-def _split(images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """Set the last images apart; both parts in chunks of equal size, each of which runs as one batch."""
-    held = max(1, round(len(images) * HOLDOUT_SHARE))
-    size = max(2, -(-len(images) // _CHUNKS))
-    return list(images[:-held].split(size)), list(images[-held:].split(size))
-
-
-def _count(batches: Sequence[Tensor]) -> int:
-    return sum(len(batch) for batch in batches)
+    return Repaired(copy.deepcopy(model), tuple(steps), layers, skipped, count(fit), count(holdout))
 
 
 # One step -------------------------------------------------------------------------------------------------------------
 
 
-def distance(original: nn.Module, model: nn.Module, batches: Sequence[Tensor]) -> float:
-    """Measure how far a network's outputs are from the original's; both have to be in eval mode.
-
-    Mean Kullback-Leibler divergence of the class probabilities where the output is [samples, classes]; otherwise the
-    squared error of all outputs, relative to their squares.
-    """
-    total = weight = 0.0
-    with torch.no_grad():
-        for images in batches:
-            right, found = (
-                [leaf for leaf in tree_flatten(net(images))[0] if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-                for net in (original, model)
-            )
-            if len(right) == 1 and right[0].ndim == 2 and right[0].shape[1] > 1:
-                log_q, log_p = (output[0].double().log_softmax(1) for output in (found, right))
-                total += float(F.kl_div(log_q, log_p, reduction="sum", log_target=True))
-                weight += len(images)
-            else:
-                total += sum(float((a.double() - b.double()).square().sum()) for a, b in zip(right, found, strict=True))
-                weight += sum(float(a.double().square().sum()) for a in right)
-    return total / weight if weight else total
+def _affordable(rehearsal: Rehearsal, max_bytes: int) -> int:
+    """Count the images whose activations fit."""
+    return max_bytes // max(1, _LIVE_TENSORS * rehearsal.largest_bytes)
 
 
 def _reconstructed(

@@ -15,16 +15,19 @@ import numpy as np
 import torch
 from torch import nn
 
-from archscan import __version__, export
+from archscan import __version__, saving
 from archscan.bottlenecks import Bottleneck, GroupUse, capacity_bottlenecks, network_keep_ratio
 from archscan.costs import CostModel
 from archscan.errors import BadInput
 from archscan.groups import ChannelGroup, Coupling
+from archscan.options import DEFAULT_ROUNDS
 from archscan.planner import Plan
 from archscan.recipes import Recipe
+from archscan.reconstruct import Repaired
 from archscan.report import model as numbers
 from archscan.report.html import render_html
 from archscan.report.model import Report
+from archscan.rounds import MAX_ROUNDS, Round
 from archscan.surgery import Surgery
 from archscan.verify import Verification
 from archscan.widths import WidthRule, allowed_steps
@@ -42,12 +45,17 @@ class SlimSettings:
         recover: Repair on the calibration batches after slimming: ``bn`` re-estimates BatchNorm statistics, ``bias``
             corrects mean outputs, ``ls`` re-solves weights by least squares (see `reconstruct.repair`).
         seed: Of everything random.
+        rounds: Slim in so many steps, each repaired, and scored anew before the next (see `rounds`).
+        set_effects: Whether a set of units costs the sum of their saliencies (``additive``), or what the criterion's
+            quadratic form says of the set (``quadratic``, for the criteria that have one; see `set_effects`).
     """
 
     rule: WidthRule = field(default_factory=WidthRule)
     protect: tuple[str, ...] = ()
     recover: Literal["none", "bn", "bias", "ls"] = "none"
     seed: int = 0
+    rounds: int = DEFAULT_ROUNDS
+    set_effects: Literal["additive", "quadratic"] = "additive"
 
     def __post_init__(self) -> None:
         if isinstance(self.protect, str):
@@ -56,6 +64,10 @@ class SlimSettings:
             raise BadInput(f"recover is {self.recover!r}; it must be {' or '.join(map(repr, RECOVERIES))}")
         if type(self.seed) is not int or not 0 <= self.seed < 2**63:
             raise BadInput(f"the seed is {self.seed!r}; it must be a whole number from 0 on")
+        if type(self.rounds) is not int or not 1 <= self.rounds <= MAX_ROUNDS:
+            raise BadInput(f"rounds is {self.rounds!r}; it must be a whole number from 1 to {MAX_ROUNDS}")
+        if self.set_effects not in ("additive", "quadratic"):
+            raise BadInput(f"set_effects is {self.set_effects!r}; it must be 'additive' or 'quadratic'")
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +106,7 @@ class SlimResult:
         plan: What was kept, and the predicted costs.
         surgery: What was cut, enough to repeat it on a fresh original.
         analysis: Coupling and costs of the original.
-        saliency_U: Saliency of each unit.
+        saliency_U: Saliency of each unit, as of the last round that it was there.
         scored: What the saliency was measured on; None where the criterion reads weights only.
         verification: The comparison with the masked original, before any repair.
         recovery: What was repaired, as a clause; None where nothing was.
@@ -104,6 +116,8 @@ class SlimResult:
         seconds: Time of each stage, measured.
         recipe: How to build the original's architecture; None where only its user can.
         history: Earlier slimmings of the same network.
+        rounds: The rounds of this one, in order.
+        repaired: What least squares or bias correction did to each layer; None where neither was asked for.
     """
 
     model: nn.Module
@@ -119,7 +133,9 @@ class SlimResult:
     warnings: tuple[str, ...]
     seconds: Mapping[str, float]
     recipe: Recipe | None = None
-    history: tuple[export.Step, ...] = ()
+    history: tuple[saving.Step, ...] = ()
+    rounds: tuple[Round, ...] = ()
+    repaired: Repaired | None = None
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -246,9 +262,9 @@ def report_of_scan(analysis: Analysis, context: Context, seconds: Mapping[str, f
 
 
 def save_result(result: SlimResult, report: Report, folder: Path, *, overwrite: bool) -> Path:
-    """Write a result folder with its report; see `export.save`."""
-    steps = (*result.history, export.Step(result.plan, result.surgery))
-    return export.save(
+    """Write a result folder with its report; see `saving.save`."""
+    steps = (*result.history, saving.Step(result.plan, result.surgery))
+    return saving.save(
         folder, result.model, steps, result.recipe, report.to_json(), render_html(report), overwrite=overwrite
     )
 

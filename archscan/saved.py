@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from archscan import export
+from archscan import saving
 from archscan.errors import BadInput
 from archscan.losses import logits_of
 from archscan.planner import Plan
@@ -30,7 +30,7 @@ _FORWARD_ERRORS = (RuntimeError, ValueError, TypeError, AssertionError, IndexErr
 
 def is_saved(name: str) -> bool:
     """Say whether a name is that of a saved folder."""
-    return (Path(name) / export.PLAN).is_file()
+    return (Path(name) / saving.PLAN).is_file()
 
 
 def read_result(folder: Path) -> tuple[Report, Recipe | None, tuple[Plan, ...]]:
@@ -42,11 +42,11 @@ def read_result(folder: Path) -> tuple[Report, Recipe | None, tuple[Plan, ...]]:
     if not folder.is_dir():
         raise BadInput(f"there is no folder {folder}; give one that archscan saved")
     report = read_report(folder / SUMMARY_FILE)
-    recipe, plans = export.read_steps(folder)
+    recipe, plans = saving.read_steps(folder)
     plan, after = plans[-1], report.after
     if after is None or (plan.after.macs, plan.after.params) != (after.macs, after.params):
         raise BadInput(
-            f"{folder}/{export.PLAN} and {SUMMARY_FILE} do not tell of the same network; one of them was edited, "
+            f"{folder}/{saving.PLAN} and {SUMMARY_FILE} do not tell of the same network; one of them was edited, "
             "so slim it again"
         )
     return report, recipe, plans
@@ -59,7 +59,7 @@ def open_saved(folder: Path) -> Subject:
         BadInput: The folder is damaged or edited, or was not made by the command line.
     """
     report, recipe, plans = read_result(folder)
-    model = export.load(folder)
+    model = saving.load(folder)
     assert recipe is not None, "a folder without a recipe does not load"
     preprocessing = _preprocessing(plans[-1].provenance.get("preprocessing"), folder)
     with seeded(0):
@@ -114,7 +114,7 @@ def _preprocessing(recorded: Any, folder: Path) -> Preprocessing:
         and recorded["crop_mode"] in _CROP_MODES
     )
     if not sound:
-        raise BadInput(f"{folder}/{export.PLAN} asks for impossible images; it was edited, so slim the network again")
+        raise BadInput(f"{folder}/{saving.PLAN} asks for impossible images; it was edited, so slim the network again")
     return Preprocessing(
         (size[0], size[1]),
         tuple(mean),
@@ -139,7 +139,7 @@ def _count_classes(model: nn.Module, example: torch.Tensor, folder: Path) -> int
     except _FORWARD_ERRORS as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise BadInput(
-            f"the network of {folder} cannot take images of the size in its {export.PLAN} ({reason}); it was edited"
+            f"the network of {folder} cannot take images of the size in its {saving.PLAN} ({reason}); it was edited"
         ) from error
     if logits.ndim != 2:
         raise BadInput(f"the network of {folder} gives no class scores; use archscan.load")

@@ -5,7 +5,11 @@
 Losses are convex in each width, the cost is bilinear in coupled widths, so this is a knapsack with coupled prices.
 Several starts are each made feasible, filled up and improved: the uniform plan; the Lagrangian, minimised by
 coordinate descent over groups at a fixed price of cost, which is bisected (Everett 1963; Shoham and Gersho 1988 for
-bit allocation); and random restarts from the best so far.
+bit allocation); and random restarts from the best so far. Where there are few combinations, all are tried instead.
+
+The least loss may lie well below the limit, where one more step of a costly group does not fit. A plan is then landed:
+widths are exchanged at least loss until the cost is within `LANDING` of the limit, as long as no more is lost than by
+the uniform plan.
 
 The decision that is not obvious: because the cost is a quadratic form, the gradient of the cost is kept up to date in
 one vector, so that the price of any change of one or two groups is a few multiplications, exact in float64 below
@@ -13,6 +17,8 @@ one vector, so that the price of any change of one or two groups is a few multip
 """
 
 import copy
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -25,6 +31,14 @@ SWEEPS = 20
 EXCHANGES = 400
 PAIRED_MOVES = 192
 """Changes of one group that an exchange pairs with each other, roughly; more would cost time quadratically."""
+
+LANDING = 0.005
+"""Share of the limit that may be left unspent where the width steps allow to spend it."""
+
+ALL_COMBINATIONS = 20_000
+"""Combinations of widths, up to which all are tried."""
+
+RIPPLES = 6
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +92,15 @@ class State:
         """What may still be spent; negative where the limit is exceeded."""
         return self.limit - self.cost
 
+    @property
+    def gap(self) -> int:
+        """How far the cost is below the limit, in whole multiples of `LANDING`; 0 where it landed."""
+        return int(self.gaps(np.asarray(self.slack)))
+
+    def gaps(self, slack: np.ndarray) -> np.ndarray:
+        """Count the same for any slack."""
+        return np.floor(slack / max(LANDING * self.limit, 0.5))
+
     def move(self, group: int, column: int) -> None:
         """Give one group another of its widths."""
         steps = float(self.steps_GN[group, column] - self.steps_GN[group, self.column_G[group]])
@@ -108,11 +131,18 @@ def fill(state: State) -> None:
         state.move(int(group), int(state.column_G[group]) + 1)
 
 
-def shrink(state: State) -> None:
-    """Narrow one step at a time, least loss per cost saved first, until the limit is met, which it can be."""
+def shrink(state: State, spared: int = -1) -> None:
+    """Narrow one step at a time, least loss per cost saved first, until the limit is met or nothing is left to save.
+
+    Args:
+        state: Changed in place.
+        spared: Group that keeps its width.
+    """
     while state.slack < 0:
         groups, _, loss, cost = state.changes(-1)
-        saves = cost < 0
+        saves = (cost < 0) & (groups != spared)
+        if not saves.any():
+            return
         group = groups[saves][np.argmin(loss[saves] / -cost[saves])]
         state.move(int(group), int(state.column_G[group]) - 1)
 
@@ -177,33 +207,40 @@ def lagrangian(start: State) -> list[State]:
     return found
 
 
-def exchange(state: State) -> State:
-    """Narrow one group to widen another where that recovers loss within the limit, until no exchange does."""
+def exchange(state: State, *, landing: bool = False) -> State:
+    """Narrow one group to widen another where that recovers loss within the limit, until no exchange does.
+
+    Args:
+        state: Left unchanged.
+        landing: Prefer what lands closer to the limit to what loses less.
+    """
     movable = max(int((state.last_G > 0).sum()), 1)
     reach = min(max(PAIRED_MOVES // movable, 1), state.steps_GN.shape[1] - 1)
     for _ in range(EXCHANGES):
         trial = state.copy()
-        if not _best_exchange(trial, reach):
+        if not _best_exchange(trial, reach, landing=landing):
             break
         fill(trial)
-        if not trial.loss < state.loss:
+        if not _rank(trial, landing=landing) < _rank(state, landing=landing):
             break
         state = trial
     return state
 
 
-def _best_exchange(state: State, reach: int) -> bool:
-    """Do the exchange that recovers most loss, of moves of up to `reach` columns; whether there was one."""
+def _best_exchange(state: State, reach: int, *, landing: bool) -> bool:
+    """Do the exchange that is best, of moves of up to `reach` columns; whether there was one."""
     if reach < 1:
         return False
     down = [np.concatenate(parts) for parts in zip(*(_labelled(state, -n) for n in range(1, reach + 1)), strict=True)]
     up = [np.concatenate(parts) for parts in zip(*(_labelled(state, n) for n in range(1, reach + 1)), strict=True)]
     loss = down[2][:, None] + up[2][None]
-    loss[~(loss < -1e-12 * (abs(state.loss) + 1e-300))] = np.inf
     cost = down[3][:, None] + up[3][None] + np.outer(down[1], up[1]) * state.coupling_GG[np.ix_(down[0], up[0])]
-    loss[(cost > state.slack) | (down[0][:, None] == up[0][None])] = np.inf
-    if loss.size == 0 or not np.isfinite(loss.min()):
+    gap = state.gaps(state.slack - cost) - state.gap if landing else np.zeros(loss.shape)
+    gains = (gap < 0) | ((gap == 0) & (loss < -1e-12 * (abs(state.loss) + 1e-300)))
+    gains &= (cost <= state.slack) & (down[0][:, None] != up[0][None])
+    if not gains.any():
         return False
+    loss[~gains | (gap > gap[gains].min())] = np.inf
     narrowed, widened = np.unravel_index(int(np.argmin(loss)), loss.shape)
     for side, row in ((down, narrowed), (up, widened)):
         group = int(side[0][row])
@@ -214,6 +251,35 @@ def _best_exchange(state: State, reach: int) -> bool:
 def _labelled(state: State, offset: int) -> tuple[np.ndarray, ...]:
     changes = state.changes(offset)
     return (*changes, np.full(len(changes[0]), offset))
+
+
+def land(state: State) -> State:
+    """Bring the cost close to the limit at least loss: by exchanges, and by changes of one group with others to match.
+
+    Returns:
+        A state with a gap that is no larger, and otherwise with a loss that is no larger.
+    """
+    for _ in range(RIPPLES):
+        state = exchange(state, landing=True)
+        if state.gap == 0:
+            break
+        best = min((exchange(trial, landing=True) for trial in _ripples(state)), key=_landing_rank, default=state)
+        if not _landing_rank(best) < _landing_rank(state):
+            break
+        state = best
+    return state
+
+
+def _ripples(state: State) -> Iterator[State]:
+    """Change one group by one step, and let the others give or take what that costs or saves."""
+    for offset in (+1, -1):
+        for group in state.changes(offset)[0].tolist():
+            trial = state.copy()
+            trial.move(group, int(state.column_G[group]) + offset)
+            shrink(trial, spared=group)
+            if trial.slack >= 0:
+                fill(trial)
+                yield trial
 
 
 def search(problem: Problem, *, seed: int, restarts: int) -> np.ndarray:
@@ -227,11 +293,13 @@ def search(problem: Problem, *, seed: int, restarts: int) -> np.ndarray:
     Returns:
         Column of `problem.choices` for each group.
     """
+    baseline = State(problem, uniform(problem))
+    if math.prod((problem.choices.last_G + 1).tolist()) <= ALL_COMBINATIONS:
+        return _best_of_all(problem, baseline)
     narrow = State(problem, np.zeros_like(problem.choices.last_G))
     wide = State(problem, problem.choices.last_G)
-    best = exchange(State(problem, uniform(problem)))
-    for candidate in (*lagrangian(wide), *lagrangian(narrow)):
-        best = min(best, exchange(candidate), key=_loss_rounded)
+    found = [exchange(baseline), *(exchange(start) for state in (wide, narrow) for start in lagrangian(state))]
+    best = min(found, key=_loss_rounded)
     generator = np.random.default_rng(seed)
     movable = np.flatnonzero(problem.choices.last_G > 0)
     for _ in range(restarts if len(movable) > 1 else 0):
@@ -241,7 +309,35 @@ def search(problem: Problem, *, seed: int, restarts: int) -> np.ndarray:
         shrink(candidate)
         fill(candidate)
         best = min(best, exchange(candidate), key=_loss_rounded)
+    landed = [state for state in (land(best), land(baseline)) if _loss_rounded(state) <= _loss_rounded(baseline)]
+    return min([best, *landed], key=_landing_rank).column_G
+
+
+def _best_of_all(problem: Problem, baseline: State) -> np.ndarray:
+    """Try every combination of widths that fits; among equals the most even one."""
+    sizes = problem.choices.last_G + 1
+    columns_BG = np.stack(np.unravel_index(np.arange(math.prod(sizes.tolist())), sizes.tolist()), axis=1)
+    rows = np.arange(len(sizes))
+    width_BG = problem.choices.steps_GN[rows, columns_BG].astype(np.float64)
+    price = problem.price
+    cost_B = price.constant + width_BG @ price.linear_G
+    cost_B += np.einsum("bg,gh,bh->b", width_BG, price.matrix_GG.astype(np.float64), width_BG)
+    loss_B = problem.choices.losses_GN[rows, columns_BG].sum(1)
+    rounded_B = np.round(loss_B / max(np.abs(loss_B).max(), 1e-300), 12)
+    fits_B = (cost_B <= problem.limit) & (loss_B <= baseline.loss + 1e-11 * abs(baseline.loss))
+    uneven_B = np.ptp(width_BG / problem.choices.steps_GN[:, -1], axis=1)
+    order = np.lexsort((uneven_B, rounded_B, baseline.gaps(problem.limit - cost_B), ~fits_B))
+    best = State(problem, columns_BG[order[0]])
+    fill(best)
     return best.column_G
+
+
+def _rank(state: State, *, landing: bool) -> tuple[int, float]:
+    return (state.gap if landing else 0), state.loss
+
+
+def _landing_rank(state: State) -> tuple[int, float]:
+    return state.gap, _loss_rounded(state)
 
 
 def _loss_rounded(state: State) -> float:

@@ -4,6 +4,9 @@ Data format: widths are counted in steps of a group (`ChannelGroup.steps`), roun
 a `Choices` table lists the widths of group g in ascending order; short rows are padded on the right with the full
 width and an infinite loss.
 
+Units that an earlier round of slimming removed are `gone`: they go first and cost nothing more, and a group gets no
+wider than they leave it. So rounding and floors refer to the widths of the original network in every round.
+
 The decision that is not obvious: the loss of a width is the sum of the lowest saliencies *of each fibre*, not of the
 lowest steps: fibres (the groups of a grouped convolution) must keep equal counts, but each may keep other units.
 """
@@ -81,24 +84,44 @@ def _steps_per_multiple(group: ChannelGroup, round_to: int | None) -> int:
     return 1
 
 
-def choices(groups: Sequence[ChannelGroup], saliency_U: np.ndarray, rule: WidthRule) -> Choices:
+def choices(
+    groups: Sequence[ChannelGroup], saliency_U: np.ndarray, rule: WidthRule, gone_U: np.ndarray | None = None
+) -> Choices:
     """Tabulate the allowed widths of all groups and what each loses.
+
+    Args:
+        groups: Channel groups.
+        saliency_U: Saliency of each unit.
+        rule: Which widths are allowed.
+        gone_U: Which units are gone, boolean; None where all are there. A frozen group gets them back.
 
     Raises:
         BadInput: A group that could be cut has a saliency that is not finite.
     """
-    rows = [allowed_steps(group, rule) for group in groups]
+    rows = [_up_to(allowed_steps(group, rule), _ceiling(group, gone_U)) for group in groups]
     longest = max((len(row) for row in rows), default=1)
     steps_GN = np.zeros((len(rows), longest), dtype=np.int64)
     losses_GN = np.full((len(rows), longest), np.inf)
     for number, (group, row) in enumerate(zip(groups, rows, strict=True)):
-        steps_GN[number] = group.steps
+        steps_GN[number] = row[-1]
         steps_GN[number, : len(row)] = row
-        losses_GN[number, : len(row)] = _losses(group, saliency_U)[group.steps - np.array(row)]
+        losses_GN[number, : len(row)] = _losses(group, saliency_U, gone_U)[group.steps - np.array(row)]
     return Choices(steps_GN, losses_GN, np.array([len(row) - 1 for row in rows], dtype=np.int64))
 
 
-def _losses(group: ChannelGroup, saliency_U: np.ndarray) -> np.ndarray:
+def _ceiling(group: ChannelGroup, gone_U: np.ndarray | None) -> int:
+    """Count the steps that every fibre still has."""
+    if gone_U is None or group.frozen is not None:
+        return group.steps
+    return int((~gone_U[np.array(group.units)]).sum(1).min())
+
+
+def _up_to(widths: list[int], ceiling: int) -> list[int]:
+    """Leave out the widths above a ceiling; where all are, the narrowest stays."""
+    return [width for width in widths if width <= ceiling] or widths[:1]
+
+
+def _losses(group: ChannelGroup, saliency_U: np.ndarray, gone_U: np.ndarray | None) -> np.ndarray:
     """Least summed saliency by the number of removed steps, 0 to all."""
     if group.frozen is not None:
         return np.zeros(group.steps + 1)
@@ -109,13 +132,21 @@ def _losses(group: ChannelGroup, saliency_U: np.ndarray) -> np.ndarray:
             f"the saliency of {bad} of {saliency_FP.size} units of group {group.name} is not finite; look for "
             "NaN or huge values in its weights, or choose another criterion"
         )
-    lost_FP = np.cumsum(np.sort(saliency_FP, axis=1), axis=1)
+    sorted_FP = np.sort(_gone_first(saliency_FP, group, gone_U), axis=1)
+    lost_FP = np.cumsum(np.where(np.isfinite(sorted_FP), sorted_FP, 0.0), axis=1)
     return np.concatenate([[0.0], lost_FP.sum(axis=0)])
 
 
-def best_steps(group: ChannelGroup, saliency_U: np.ndarray, steps: int) -> tuple[tuple[int, ...], ...]:
+def _gone_first(saliency_FP: np.ndarray, group: ChannelGroup, gone_U: np.ndarray | None) -> np.ndarray:
+    return saliency_FP if gone_U is None else np.where(gone_U[np.array(group.units)], -np.inf, saliency_FP)
+
+
+def best_steps(
+    group: ChannelGroup, saliency_U: np.ndarray, steps: int, gone_U: np.ndarray | None = None
+) -> tuple[tuple[int, ...], ...]:
     """Choose the steps of highest saliency within each fibre, sorted by index; among equals the lower index is kept."""
     if steps == group.steps:
         return (tuple(range(steps)),) * len(group.units)
-    order_FP = np.argsort(-saliency_U[np.array(group.units)], axis=1, kind="stable")
+    saliency_FP = _gone_first(saliency_U[np.array(group.units)], group, gone_U)
+    order_FP = np.argsort(-saliency_FP, axis=1, kind="stable")
     return tuple(tuple(row) for row in np.sort(order_FP[:, :steps], axis=1).tolist())

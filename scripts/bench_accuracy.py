@@ -30,7 +30,6 @@ from archscan.criteria import criterion  # isort: skip
 from archscan.data import calibration_images, evaluation_images  # isort: skip
 from archscan.errors import ArchscanError  # isort: skip
 from archscan.evaluation import top_one  # isort: skip
-from archscan.options import DEFAULT_CRITERION  # isort: skip
 from archscan.reconstruct import repair  # isort: skip
 from archscan.recover import recalibrate_batchnorm  # isort: skip
 from archscan.report.progress import progress_on  # isort: skip
@@ -77,7 +76,7 @@ def of_method(bench: Bench, method: str, ratios: Sequence[float]) -> Iterator[Po
     model, example = bench.subject.model, bench.subject.example_input
     for ratio in ratios:
         start = time.perf_counter()
-        name = DEFAULT_CRITERION if method == DEFAULT else method
+        name = None if method == DEFAULT else method
         way = {} if method == DEFAULT else {"rounds": 1}
         settings = archscan.SlimSettings(recover="ls" if method == DEFAULT else "none", seed=bench.seed, **way)
         point = Point(bench.network, "archscan", method, ratio, bench.seed)

@@ -389,3 +389,41 @@ def test_lockstep_is_unwound_when_it_is_left_early():
     assert threading.active_count() > threads
     steps.close()
     assert threading.active_count() == threads
+
+
+class Symmetric(nn.Module):
+    """Sees no difference between an image and its mirror image, or nothing but that."""
+
+    def __init__(self, sided):
+        super().__init__()
+        self.conv1, self.conv2, self.head = nn.Conv2d(3, 12, 3, padding=1), nn.Conv2d(12, 12, 3), nn.Linear(12, 4)
+        self.sided = sided
+
+    def forward(self, x):
+        x = F.relu(self.conv2(F.relu(self.conv1(x))))
+        other = x.flip(-1)
+        x = (x - other)[..., : x.shape[-1] // 2] if self.sided else x + other
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("sided", [False, True])
+def test_mirror_images_are_fitted_to_where_the_original_does_not_mind(sided):
+    torch.manual_seed(0)
+    model = Symmetric(sided).double().eval()
+    with torch.no_grad():  # activations are mirrored as images are; one net's scores change their sign then
+        for conv in (model.conv1, model.conv2):
+            conv.weight.copy_((conv.weight + conv.weight.flip(-1)) / 2)
+        model.head.bias.zero_()
+    images = torch.randn(160, 3, 8, 8, dtype=torch.float64)
+    coupling = couple(model, images[:2])
+    kept = {g.name: (tuple(range(g.steps if g.frozen else g.steps - 4)),) for g in coupling.groups}
+    made = rebuild(model, images[:2], coupling, kept)
+    found = repair(model, made.model, made.surgery, [images], "ls")
+    assert found.mirrored is not sided
+    assert (found.samples, found.holdout) == (140, 20)
+    assert ("140 images and their mirror images, checked on 20 others" in found.clause()) is not sided
+    few = repair(model, made.model, made.surgery, [images[:64]], "ls")
+    assert not few.mirrored  # eight held-out images say too little
+    assert not repair(model, made.model, made.surgery, [images], "bias").mirrored
+    rows = {layer.weight: layer.rows for layer in found.layers}
+    assert rows["head.weight"] == (140 if sided else 280)

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
 import archscan
-from archscan import options, replan, slimming
+from archscan import options, replan
 from archscan.capture import capture
 from archscan.errors import BadInput, InfeasibleBudget, RebuildMismatch
 from archscan.recognise import recognise
@@ -265,10 +265,30 @@ def test_a_width_that_a_forward_hard_codes_is_frozen_with_a_note():
         slim(seeded(HardCoded), IMAGE, target_flops=0.05, data=batches(), settings=SlimSettings(WidthRule(1)))
 
 
-def test_there_is_one_default_criterion():
-    assert options.SlimOptions.criterion == options.DEFAULT_CRITERION == slimming.DEFAULT_CRITERION
-    result = slim(seeded(Plain), IMAGE, target_flops=0.5, data=batches())
-    assert result.plan.provenance["criterion"] == options.DEFAULT_CRITERION
+@pytest.mark.parametrize("recover", ["none", "bn", "bias", "ls"])
+def test_the_default_criterion_suits_the_repair(recover):
+    settings = SlimSettings(recover=recover)
+    result = slim(seeded(Plain), IMAGE, target_flops=0.5, data=batches(), settings=settings)
+    expected = options.LEAST_SQUARES_CRITERION if recover == "ls" else options.DEFAULT_CRITERION
+    assert result.plan.provenance["criterion"] == expected == options.default_criterion(recover)
+    assert options.SlimOptions.criterion is None
+
+
+class Transposed(Plain):
+    """Reads channels by a layer that least squares does not know."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv2 = nn.ConvTranspose2d(16, 32, 2, stride=2)
+
+
+def test_a_default_that_does_not_know_a_layer_gives_way_and_says_so():
+    settings = SlimSettings(recover="ls")
+    result = slim(seeded(Transposed), IMAGE, target_flops=0.5, data=batches(), settings=settings)
+    assert result.plan.provenance["criterion"] == "obd"
+    assert any(note.startswith("Channels were scored by obd in place of obd-obc: conv2 reads") for note in result.notes)
+    with pytest.raises(BadInput, match="conv2 reads channels by"):
+        slim(seeded(Transposed), IMAGE, target_flops=0.5, data=batches(), criterion="obd-obc", settings=settings)
 
 
 def test_channel_groups_from_the_top():
@@ -364,7 +384,7 @@ def test_what_fvcore_cannot_trace_is_counted_anew():
 
 
 def test_a_wrong_price_is_found_without_fvcore_too(monkeypatch):
-    monkeypatch.setattr("archscan.recount.fvcore_macs", lambda *_: None)
+    monkeypatch.setattr("archscan.recount.fvcore_counts", lambda *_: None)
     real = replan.plan
 
     def wrong(*arguments, **keywords):
