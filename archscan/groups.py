@@ -17,12 +17,14 @@ import numpy as np
 from torch import Tensor, nn
 
 from archscan.capture import capture
-from archscan.coupling import Components, Record, Walk, marked, resolve
+from archscan.coupling import Components, Record, Walk, marked, mixing_places, resolve
 from archscan.errors import BadInput
 from archscan.graph import Graph
-from archscan.sizes import Owners, Size, ValueSizes
+from archscan.sizes import Owners, Size, SizeOfValue, ValueSizes
 
 Role = Literal["out", "in", "affine"]
+_ALL_OR_NONE = "its channels could only go all together"
+
 Block = tuple[tuple[tuple[int, ...], ...], str | None]  # components of a group, [fibre][step], and why it is frozen
 
 
@@ -154,7 +156,7 @@ class Coupling:
     counts: tuple[Count, ...] = ()
     mixing: tuple[str, ...] = ()
     graph: Graph | None = None
-    sizes: ValueSizes | None = None
+    sizes: SizeOfValue | None = None
     parameters: Mapping[str, tuple[Size, ...]] = field(default_factory=dict)
 
 
@@ -206,8 +208,9 @@ def _assemble(record: Record, walk: Walk, units: Components, parameters: Mapping
         ChannelGroup(names[i], rows, channels_per_step.get(i, 1), tuple(members.get(i, ())), reason)
         for i, (rows, (_, reason)) in enumerate(zip(rows_by_group, blocks, strict=True))
     )
+    may_go = np.array([group.frozen is None for group in groups] + [False])  # the last entry: labels without a group
     counts = [
-        Count(node, value, None if labels is None else unit_of_label[labels.numpy()])
+        Count(node, value, None if labels is None else _counted(unit_of_label[labels.numpy()]))
         for node, arguments in walk.counts.items()
         for value, labels in arguments
     ]
@@ -217,11 +220,17 @@ def _assemble(record: Record, walk: Walk, units: Components, parameters: Mapping
         tensors,
         _consumers(record, unit_of_label),
         tuple(counts),
-        tuple(record.mixing),
+        mixing_places(record, may_go[owners.group], unit_of_label),
         walk.graph,
         ValueSizes([value.shape for value in walk.graph.values], walk.planes, owners),
         _parameter_sizes(record, parameters, owners, unit_of_label),
     )
+
+
+def _counted(units: np.ndarray) -> np.ndarray | None:
+    """Units that an integer counts, given for each row of a value; None where only whole rows may go."""
+    whole_rows = len(units) > 1 and bool((units == units[:, :1]).all())
+    return None if whole_rows else units[0] if len(units) else units.reshape(-1)
 
 
 def _number(
@@ -277,6 +286,7 @@ def _blocks(record: Record, units: Components) -> list[Block]:
     parts = np.split(members[np.argsort(inverse, kind="stable")], np.cumsum(counts)[:-1]) if len(members) else []
     blocks: list[Block] = [((tuple(part.tolist()),), units.reason.get(int(part[0]))) for part in parts]
     blocks.extend((fibres.rows, None) for fibres in units.fibres)
+    blocks = [(rows, _ALL_OR_NONE if reason is None and len(rows[0]) == 1 else reason) for rows, reason in blocks]
     return sorted(blocks, key=lambda block: int(first[block[0][0][0]]))
 
 
@@ -316,7 +326,8 @@ def _names(members: Mapping[int, Sequence[Member]], count: int) -> list[str]:
     for index in range(count):
         own = members.get(index, ())
         first = next((member for member in own if member.role == "out"), next(iter(own), None))
-        name = (first.module or first.tensor) if first is not None else "padding"
+        owner = first.module.partition(".parametrizations.")[0] if first is not None else ""
+        name = (owner or first.tensor) if first is not None else "padding"
         if first is not None and first.role == "in":
             name = f"{name}.input"
         taken[name] = taken.get(name, 0) + 1

@@ -135,6 +135,20 @@ class Split(nn.Module):
         return self.fc(self.conv3(torch.cat([a, b, c], 1)).mean((2, 3)))
 
 
+class OwnSizes(nn.Module):
+    """Pieces whose sizes are listed one by one, two of them equal by chance."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes = (6, 6, 4)
+        self.conv, self.a, self.b = nn.Conv2d(3, 16, 1), nn.Conv2d(6, 8, 1), nn.Conv2d(6, 8, 3, padding=1)
+        self.c, self.fc = nn.Conv2d(4, 8, 1), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b, c = torch.split(F.relu(self.conv(x)), self.sizes, 1)
+        return self.fc(F.relu(self.a(a) + self.b(b) + self.c(c)).mean((2, 3)))
+
+
 class Flatten(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -369,13 +383,204 @@ class Volumes(nn.Module):
         return self.fc(F.relu(self.conv2(F.relu(self.bn(self.conv1(x.unsqueeze(1)))))).mean((2, 3, 4)))
 
 
+class WeightNormed(nn.Module):
+    """Weights split into direction and magnitude; the norm of a transposed one is over what it writes."""
+
+    def __init__(self, transposed: bool = False) -> None:
+        super().__init__()
+        norm = nn.utils.parametrizations.weight_norm
+        self.conv1 = norm(nn.Conv2d(3, 8, 3, padding=1))
+        self.conv2 = norm(nn.ConvTranspose2d(8, 6, 2) if transposed else nn.Conv2d(8, 6, 3))
+        self.fc = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(F.relu(self.conv2(F.relu(self.conv1(x)))).mean((2, 3)))
+
+
+class Folded(nn.Module):
+    """Space unfolded into patches and folded back again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 6, 1)
+        self.spread, self.fc = nn.Conv2d(6, 4 * 9, 1), nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        patches = F.unfold(F.relu(self.conv(x)), 3, padding=1)
+        x = self.spread(F.relu(self.head(F.fold(patches, (12, 12), 3, padding=1))))
+        return self.fc(F.relu(F.fold(x.flatten(2), (12, 12), 3, padding=1)).mean((2, 3)))
+
+
+class Tokens(nn.Module):
+    """A map of 16 channels turned into 9 tokens, some attention, and a head."""
+
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.stem, self.attention = nn.Conv2d(3, 16, 4, stride=4), attention
+        self.position = nn.Parameter(torch.randn(1, 9, 16))
+        self.fc = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x)).flatten(2).transpose(1, 2) + self.position
+        return self.fc((x + self.attention(x)).mean(1))
+
+
+class Positions(nn.Module):
+    """A code of positions, whose places are no channels, added before a BatchNorm over tokens and one over a map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn1 = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.map, self.line = nn.Parameter(torch.randn(1, 8, 12, 12)), nn.Parameter(torch.randn(1, 6, 144))
+        self.head, self.bn2, self.fc = nn.Conv2d(8, 6, 1), nn.BatchNorm1d(6), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.head(F.relu(self.bn1(self.conv(x) + self.map))).flatten(2)
+        return self.fc(F.relu(self.bn2(x + self.line)).mean(2))
+
+
+class Heads(nn.Module):
+    """Attention of four heads from one projection, with a bias for each head, as in many hybrids."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.place = 4, 6
+        self.qkv, self.proj = nn.Linear(16, 3 * 24), nn.Linear(24, 16)
+        self.table = nn.Parameter(torch.randn(5, 4))
+        self.register_buffer("index", torch.arange(81).view(9, 9) % 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = x.shape[0]
+        q, k, v = self.qkv(x).reshape(n, 9, 3, self.heads, self.place).permute(2, 0, 3, 1, 4).unbind(0)
+        scores = (q * 0.4) @ k.transpose(-2, -1) + self.table[self.index].permute(2, 0, 1)
+        return self.proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+class FusedHeads(nn.Module):
+    """Separate projections; channels come out in the order [place, head]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.place = 3, 4
+        self.q, self.kv, self.proj = nn.Linear(16, 12), nn.Linear(16, 24), nn.Linear(12, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = x.shape[0]
+        q = self.q(x).view(n, 9, self.heads, self.place).transpose(1, 2)
+        k, v = self.kv(x).view(n, 9, self.heads, 2 * self.place).transpose(1, 2).chunk(2, -1)
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(x.permute(0, 2, 3, 1).flatten(2))
+
+
+class MultiQuery(nn.Module):
+    """Heads of queries that share one key and one value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = 4
+        self.q, self.k, self.v, self.proj = nn.Linear(16, 20), nn.Linear(16, 5), nn.Linear(16, 5), nn.Linear(20, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.q(x).view(x.shape[0], 9, self.heads, 5).transpose(1, 2)
+        x = F.scaled_dot_product_attention(q, self.k(x).unsqueeze(1), self.v(x).unsqueeze(1))
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+
+class NormedHeads(nn.Module):
+    """Queries normalised with weights that all heads share, so that no head may go; the values may get narrower."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(4)
+        self.q, self.k, self.v, self.proj = nn.Linear(16, 8), nn.Linear(16, 8), nn.Linear(16, 12), nn.Linear(12, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).unflatten(2, (2, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        return self.proj(((self.norm(q) @ k.transpose(2, 3)).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+class LinearAttention(nn.Module):
+    """Keys meet values first, beside a column of ones that norms the result, as in EfficientViT."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.place = 4
+        self.qkv, self.proj = nn.Linear(16, 3 * 12), nn.Linear(12, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(2, (-1, 3 * self.place)).transpose(1, 2).chunk(3, -1)
+        x = q.relu() @ (k.relu().transpose(2, 3) @ F.pad(v, (0, 1), value=1.0))
+        return self.proj((x[..., :-1] / (x[..., -1:] + 1.0)).transpose(1, 2).flatten(2))
+
+
+class RelativePlaces(nn.Module):
+    """Queries of every head meet one table of positions too, as in HaloNet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = 5
+        self.qk, self.v, self.proj = nn.Linear(16, 30), nn.Linear(16, 20), nn.Linear(20, 16)
+        self.places = nn.Parameter(torch.randn(9, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        qk = self.qk(x).unflatten(2, (self.heads, 6)).transpose(1, 2)
+        q, k = qk.split([3, 3], -1)
+        scores = q @ k.transpose(2, 3) + q @ self.places.t()
+        v = self.v(x).unflatten(2, (self.heads, 4)).transpose(1, 2)
+        return self.proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+class GroupedHeads(nn.Module):
+    """A grouped convolution whose groups are the heads: its groups go with them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.place = 2
+        self.conv1, self.conv2 = nn.Conv2d(3, 24, 1), nn.Conv2d(24, 24, 3, stride=4, padding=1, groups=4)
+        self.proj, self.fc = nn.Linear(8, 6), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv2(F.relu(self.conv1(x))).flatten(2)
+        q, k, v = x.view(x.shape[0], -1, 3 * self.place, 9).transpose(2, 3).chunk(3, -1)
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.fc(F.relu(self.proj(x.transpose(1, 2).flatten(2))).mean(1))
+
+
+class Stacked(nn.Module):
+    """Two branches stacked and taken apart again; both must keep equally many channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 8, 3, padding=1)
+        self.c, self.d, self.fc = nn.Conv2d(8, 6, 1), nn.Conv2d(8, 6, 1), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(torch.stack([self.a(x), self.b(x)], 1))
+        return self.fc((self.c(x[:, 0]) + self.d(x[:, 1])).relu().mean((2, 3)))
+
+
+class OneHead(nn.Module):
+    """Attention without heads: the queries and keys stay, the values may get narrower."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.proj = nn.Linear(16, 8), nn.Linear(16, 8), nn.Linear(16, 12), nn.Linear(12, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj((self.q(x) @ self.k(x).transpose(1, 2)).softmax(-1) @ self.v(x))
+
+
 @dataclass(frozen=True)
 class Case:
-    """One network and what coupling must find: units of each live group, [fibres x steps], in order."""
+    """One network and what coupling must find: units of each live group, [fibres x steps], in order.
+
+    `frozen` has the beginnings of all reasons but the network's input and output.
+    """
 
     make: Callable[[], nn.Module]
     live: tuple[str, ...]
     mixing: bool = False
+    frozen: tuple[str, ...] = ()
 
 
 CASES = {
@@ -390,6 +595,7 @@ CASES = {
     "squeeze-excite": Case(SqueezeExcite, ("conv1 1x8", "reduce 1x4", "conv2 1x6")),
     "shuffle": Case(Shuffle, ("left 2x4", "again 1x8")),
     "split": Case(Split, ("conv1 3x6", "convs.1 1x6", "conv3 1x4")),
+    "own-sizes": Case(OwnSizes, ("conv 1x6", "conv#2 1x6", "conv#3 1x4", "a 1x8")),
     "flatten": Case(Flatten, ("conv 1x6", "fc1 1x10")),
     "shared": Case(Shared, ("stem 1x8", "a 1x6")),
     "padded-shortcut": Case(PaddedShortcut, ("stem 1x8", "conv 1x8", "head 1x6")),
@@ -406,6 +612,21 @@ CASES = {
     "windows": Case(Windows, ("conv 1x8", "mix 1x6", "patches 1x7")),
     "group-norm": Case(GroupNormed, ("conv 2x6",), mixing=True),
     "volumes": Case(Volumes, ("conv1 1x8", "conv2 1x6")),
+    "weight-norm": Case(WeightNormed, ("conv1 1x8", "conv2 1x6")),
+    "weight-norm-transposed": Case(lambda: WeightNormed(True), ("conv1 1x8", "conv2 1x6"), mixing=True),
+    "folded": Case(Folded, ("conv 1x8", "head 1x6", "spread 1x4")),
+    "positions": Case(Positions, ("conv 1x8", "head 1x6")),
+    "heads": Case(lambda: Tokens(Heads()), ("stem 1x16", "attention.qkv 1x4")),
+    "fused-heads": Case(lambda: Tokens(FusedHeads()), ("stem 1x16", "attention.q 1x3")),
+    "multi-query": Case(
+        lambda: Tokens(MultiQuery()), ("stem 1x16", "attention.q 1x4"), frozen=("contracted", "flattened")
+    ),
+    "normed-heads": Case(lambda: Tokens(NormedHeads()), ("stem 1x16", "attention.v 2x6"), frozen=("contracted",)),
+    "linear-attention": Case(lambda: Tokens(LinearAttention()), ("stem 1x16", "attention.qkv 1x3")),
+    "relative-places": Case(lambda: Tokens(RelativePlaces()), ("stem 1x16", "attention.qk 1x5"), frozen=("meets",)),
+    "grouped-heads": Case(GroupedHeads, ("conv1 1x4", "proj 1x6")),
+    "stacked": Case(Stacked, ("a 2x8", "c 1x6")),
+    "one-head": Case(lambda: Tokens(OneHead()), ("stem 1x16", "attention.v 1x12"), frozen=("contracted",)),
     "functional": Case(Functional, ("weight 1x8", "matrix 1x6")),
 }
 

@@ -4,8 +4,8 @@
 `components` reads what the rules recorded. Everything works on label planes (`planes`).
 """
 
-from archscan.coupling import contractions, elementwise, layout, statistics  # each fills the table of rules
-from archscan.coupling.components import Components, Fibres, marked, resolve
+from archscan.coupling import contractions, elementwise, layout, products, statistics  # each fills the table of rules
+from archscan.coupling.components import Components, Fibres, marked, mixing_places, resolve
 from archscan.coupling.labels import Record
 from archscan.coupling.walk import RULES, Walk, rule
 
@@ -19,6 +19,8 @@ __all__ = [
     "elementwise",
     "layout",
     "marked",
+    "mixing_places",
+    "products",
     "resolve",
     "rule",
     "statistics",

@@ -1,4 +1,9 @@
-"""From recorded labels to connected components: what is one unit, what is frozen, what must keep equal counts."""
+"""From recorded labels to connected components: what is one unit, what is frozen, what must keep equal counts.
+
+The decision that is not obvious: whether the heads of an attention go as a whole cannot be known before everything is
+united. So it is tried: first all rows that may go as a whole are units; those of which that leaves nothing to choose
+from are taken back, and what they contract stays as it is.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +14,9 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
-from archscan.coupling.labels import Record
+from archscan.coupling.labels import Grid, Mixing, Record
+
+Pairs = list[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,22 +38,54 @@ class Components:
 
 
 def resolve(record: Record) -> Components:
-    """Number the units; tie grids that disagree until those that are left can be planned as fibres."""
+    """Number the units; take back whole rows that leave nothing to choose from."""
+    taken_back: set[int] = set()
     while True:
-        of_label = _connected(record)
-        reason = {0: ""} | _frozen_components(record, of_label)
+        units = _resolve(record, taken_back)
+        useless = {number for number in range(len(record.whole_rows)) if not _is_useful(record, units, number)}
+        if useless <= taken_back:
+            return units
+        taken_back |= useless
+
+
+def _is_useful(record: Record, units: Components, number: int) -> bool:
+    """Whether some whole rows may go and others stay."""
+    found = np.unique(units.of_label[record.whole_rows[number].rows[0].numpy()])
+    written, consumed = (marked(units.of_label, vectors) for vectors in (record.written, record.consumed))
+    return len(found) > 1 and all(written[c] and consumed[c] and c not in units.reason for c in found.tolist())
+
+
+def _resolve(record: Record, taken_back: set[int]) -> Components:
+    """Number the units; tie grids that disagree until those that are left can be planned as fibres."""
+    pairs, frozen, grids = list(record.pairs), list(record.frozen), list(record.grids)
+    for number, choice in enumerate(record.whole_rows):
+        if number in taken_back:
+            pairs.extend((left.reshape(-1), right.reshape(-1)) for left, right in choice.otherwise_united)
+            frozen.extend((labels, choice.where) for labels in choice.otherwise_stays)
+            grids.extend(Grid(labels, choice.where) for labels in choice.rows)
+        else:
+            joined = torch.cat(choice.rows, dim=1)
+            pairs.append(_tied(joined[:, :1], joined))
+            frozen.extend((labels, choice.where) for labels in choice.stays)
+    while True:
+        of_label = _connected(pairs, record.next_label)
+        reason = {0: ""} | _frozen_components(record, frozen, of_label)
         reason[int(of_label[0])] = "not a channel"
         signature = _signatures(record, of_label)
-        ties, fibres = _constraints(record, of_label, reason, signature)
+        ties, fibres = _constraints(grids, of_label, reason, signature)
         if not ties:
             return Components(of_label, signature, reason, fibres)
-        for grid in ties:
-            record.unite(grid, grid[:1])
+        pairs.extend(_tied(grid[:1], grid) for grid in ties)
 
 
-def _frozen_components(record: Record, of_label: np.ndarray) -> dict[int, str]:
+def _tied(first: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    return first.expand(labels.shape).reshape(-1), labels.reshape(-1)
+
+
+def _frozen_components(record: Record, frozen: Sequence[tuple[Tensor, str]], of_label: np.ndarray) -> dict[int, str]:
     reasons: dict[int, str] = {}
-    for labels, reason in record.frozen:
+    for labels, reason in frozen:
+        labels = labels.reshape(-1)
         for component in np.unique(of_label[labels[labels > 0].numpy()]).tolist():
             reasons.setdefault(component, reason)
     written, consumed = marked(of_label, record.written), marked(of_label, record.consumed)
@@ -77,35 +116,81 @@ def _signatures(record: Record, of_label: np.ndarray) -> np.ndarray:
 
 
 def _constraints(
-    record: Record, of_label: np.ndarray, reason: dict[int, str], signature: np.ndarray
+    grids: Sequence[Grid], of_label: np.ndarray, reason: dict[int, str], signature: np.ndarray
 ) -> tuple[list[Tensor], tuple[Fibres, ...]]:
     """Sort the grids into those that must be tied place by place and those that can be fibres."""
-    ties: list[Tensor] = []
+    ties = [labels for grid in grids if (labels := _torn(grid, of_label)) is not None]
+    open_grids = [(grid, labels) for grid in grids if (labels := _unmet(grid, of_label)) is not None]
+    ties += [labels for grid, labels in open_grids if grid.in_step]
+    if ties:
+        return ties, ()
+    unmet = [(labels, grid.where) for grid, labels in open_grids]
+    stays = _hold(unmet, of_label, reason)
     fibres: dict[frozenset[frozenset[int]], tuple[Fibres, Tensor]] = {}
-    for grid, where in record.grids:
-        grid_components = of_label[grid.numpy()]
-        ordered = np.sort(grid_components, axis=1)
-        if bool((ordered == ordered[0]).all()):
+    for labels, where in unmet:
+        free = torch.from_numpy(~stays[of_label[labels.numpy()]])
+        if not free.any():
             continue
-        held = [component for component in np.unique(grid_components).tolist() if component in reason]
-        if held:
-            for component in np.unique(grid_components).tolist():
-                reason.setdefault(component, f"must keep as many channels as a frozen part ({where})")
-            continue
-        rows = tuple(dict.fromkeys(tuple(dict.fromkeys(row)) for row in grid_components.tolist()))
+        labels = labels[free].reshape(len(labels), -1)
+        rows = tuple(dict.fromkeys(tuple(dict.fromkeys(row)) for row in of_label[labels.numpy()].tolist()))
         key = frozenset(frozenset(row) for row in rows)
-        if _planable(rows, grid_components.shape[1], signature):
-            fibres.setdefault(key, (Fibres(rows, where), grid))
+        if _planable(rows, labels.shape[1], signature):
+            fibres.setdefault(key, (Fibres(rows, where), labels))
         else:
-            ties.append(grid)
+            ties.append(labels)
     owner: dict[int, frozenset[frozenset[int]]] = {}
-    for key, (candidate, grid) in fibres.items():
+    for key, (candidate, labels) in fibres.items():
         for component in {component for row in candidate.rows for component in row}:
             other = owner.setdefault(component, key)
             if other != key:
-                ties.extend([grid, fibres[other][1]])
+                ties.extend([labels, fibres[other][1]])
                 break
     return ties, tuple(candidate for candidate, _ in fibres.values())
+
+
+def _torn(grid: Grid, of_label: np.ndarray) -> Tensor | None:
+    """Rows and their partners, [place, row], that must yet be united as a whole; None where all is well."""
+    if grid.partner is None:
+        return None
+    sides = [of_label[labels.numpy()] for labels in (grid.labels, grid.partner)]
+    whole = [bool((side == side[:, :1]).all()) and len(np.unique(side)) > 1 for side in sides]
+    if not any(whole) or (all(whole) and bool((sides[0][:, 0] == sides[1][:, 0]).all())):
+        return None
+    return torch.cat([grid.labels, grid.partner], dim=1).T
+
+
+def _unmet(grid: Grid, of_label: np.ndarray) -> Tensor | None:
+    """Rows of labels that might keep unequal numbers; None where they cannot."""
+    labels = grid.labels
+    while True:
+        rows = labels.reshape(-1, labels.shape[-1])
+        components = of_label[rows.numpy()]
+        ordered = components if grid.in_step else np.sort(components, axis=1)
+        if bool((ordered == ordered[0]).all()):
+            return None
+        if not grid.rows_may_go or not bool((components == components[:, :1]).all()):
+            return rows
+        if labels.ndim < 3:
+            return None
+        labels = labels[..., 0]
+
+
+def _hold(unmet: Sequence[tuple[Tensor, str]], of_label: np.ndarray, reason: dict[int, str]) -> np.ndarray:
+    """Freeze grids whose rows have unequal numbers of frozen channels; mark the frozen components, [components]."""
+    stays = np.zeros(int(of_label.max()) + 1, dtype=bool)
+    stays[list(reason)] = True
+    count = -1
+    while count != len(reason):
+        count = len(reason)
+        for labels, where in unmet:
+            components = of_label[labels.numpy()]
+            held = stays[components].sum(axis=1)
+            if held.min() == held.max():
+                continue
+            for component in np.unique(components).tolist():
+                reason.setdefault(component, f"must keep as many channels as a frozen part ({where})")
+            stays[components.reshape(-1)] = True
+    return stays
 
 
 def _planable(rows: tuple[tuple[int, ...], ...], width: int, signature: np.ndarray) -> bool:
@@ -116,11 +201,30 @@ def _planable(rows: tuple[tuple[int, ...], ...], width: int, signature: np.ndarr
     return len(lengths) == 1 and width % len(rows[0]) == 0 and disjoint and homogeneous
 
 
-def _connected(record: Record) -> np.ndarray:
+def _connected(united: Pairs, size: int) -> np.ndarray:
     """Number the connected components of the united labels; entry i belongs to label i, entry 0 to "not a channel"."""
-    size = record.next_label
     none = torch.zeros(0, dtype=torch.int64)
-    pairs = np.stack([torch.cat([none, *side]).numpy() for side in zip((none, none), *record.pairs, strict=True)])
+    pairs = np.stack([torch.cat([none, *side]).numpy() for side in zip((none, none), *united, strict=True)])
     pairs = pairs[:, (pairs[0] != pairs[1]) & (pairs > 0).all(axis=0)]
     matrix = coo_matrix((np.ones(pairs.shape[1], dtype=np.int8), (pairs[0], pairs[1])), shape=(size, size))
     return connected_components(matrix, directed=False)[1].astype(np.int64)
+
+
+def mixing_places(record: Record, may_go: np.ndarray, unit: np.ndarray) -> tuple[str, ...]:
+    """Name the places where a statistic is taken over channels of which some may go and others stay.
+
+    Args:
+        record: What the rules found.
+        may_go: Whether a label belongs to a unit that may be removed, by label.
+        unit: Unit of each label, -1 where it belongs to none.
+    """
+    written = np.zeros(record.next_label, dtype=bool)
+    for vector in record.written:
+        written[vector.numpy()] = True
+
+    def mixes(found: Mixing) -> bool:
+        labels = found.labels.numpy()
+        goes = may_go[labels] & (written[labels] | (not found.if_written))
+        return bool((goes.any(axis=1) & (unit[labels] != unit[labels][:, :1]).any(axis=1)).any())
+
+    return tuple(place for place, found in record.mixing.items() if any(map(mixes, found)))

@@ -1,4 +1,4 @@
-"""Rules for convolutions and matrix products: inputs unite with the weight's input channels, outputs are its own."""
+"""Rules for convolutions: inputs unite with the weight's input channels, outputs are its own."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from archscan.coupling import planes
 from archscan.coupling.labels import Planes, Read
-from archscan.coupling.walk import Walk, op_name, rule, unite_all
+from archscan.coupling.walk import Walk, op_name, rule
 from archscan.graph import Node, Ref
 
 
@@ -38,7 +38,7 @@ OPERANDS = dict.fromkeys(("linear", "matmul", "__matmul__", "mm", "bmm"), (0, 1)
 """Python-level matrix products → positions of their left and right operand."""
 
 
-def _read(
+def read(
     walk: Walk, node: Node, given: Tensor | None, wanted: Tensor | None, weight: Ref, passed_to: Tensor | None = None
 ) -> None:
     """Unite an activation's channels with the weight's input channels that read them, and note the place of a gate."""
@@ -86,7 +86,7 @@ def convolution(walk: Walk, node: Node) -> Sequence[Planes]:
             if (groups > 1 and outer is not None)
             else None
         )
-        _read(walk, node, given, inner, weight, None if own is None else own.reshape(-1))
+        read(walk, node, given, inner, weight, None if own is None else own.reshape(-1))
     if groups > 1 and inner is not None and outer is not None:
         _tie_conv_groups(walk, inner.reshape(groups, -1), outer.reshape(groups, -1), where)
     if outer is None:
@@ -110,7 +110,8 @@ def _along_channels(walk: Walk, node: Node) -> Planes | None:
         return None
     if any(set(planes.varying(plane)) <= {0, 1} for plane in own):
         return None
-    walk.record.mixing[f"convolution over channels at {node.where()}"] = None
+    for plane in own:
+        walk.record.mix(f"convolution over channels at {node.where()}", plane, range(2, plane.ndim))
     return tuple(own)
 
 
@@ -143,46 +144,4 @@ def _tie_conv_groups(walk: Walk, inner: Tensor, outer: Tensor, where: str) -> No
         walk.record.unite(inner, inner[:, :1])
         walk.record.unite(outer, inner[:, :1])
     else:
-        walk.record.balance(inner, where)
-        walk.record.balance(outer, where)
-
-
-@rule("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot")
-def matmul(walk: Walk, node: Node) -> Sequence[Planes]:
-    """Contract the last axis of the left with the first matrix axis of the right operand."""
-    first = 1 if op_name(node).startswith(("add", "badd")) else 0
-    left, right = node.args[first], node.args[first + 1]
-    sizes = walk.shape(left), walk.shape(right)
-    axes = len(sizes[0]) - 1, max(len(sizes[1]) - 2, 0)
-    out, where = walk.out_shape(node), walk.where(node)
-    weights = [not walk.graph.values[ref.value].per_sample for ref in (left, right)]
-    results: list[Tensor] = []
-    ends: list[Tensor | None] = []
-    for ref, axis, weight in zip((left, right), axes, weights, strict=True):
-        summed = None
-        for plane in walk.of(ref):
-            varies = planes.varying(plane)
-            if varies == (axis,):
-                summed = planes.vector(plane, axis)
-            elif axis in varies:
-                walk.record.freeze(plane, f"channels lie along two axes ({where})")
-            else:
-                free = plane.select(axis, 0).unsqueeze(-1 if ref is left else axis)
-                results.append(free.expand(out) if len(out) == free.ndim else free.squeeze(-1).expand(out))
-                if weight:
-                    walk.record.written.append(planes.vector(plane, varies[0]))
-        ends.append(summed)
-    if weights[0] == weights[1]:
-        for labels in ends:
-            if labels is not None:
-                walk.record.freeze(labels, f"contracted between activations ({where})")
-    else:
-        given, wanted = (ends[1], ends[0]) if weights[0] else (ends[0], ends[1])
-        _read(walk, node, given, wanted, left if weights[0] else right)
-    if first:
-        operands: list[tuple[Planes, Sequence[int]]] = [
-            (tuple(results), out),
-            (walk.of(node.args[0]), walk.shape(node.args[0])),
-        ]
-        return [unite_all(walk, out, operands, where)]
-    return [tuple(results)]
+        walk.record.balance_groups(inner, outer, where)

@@ -5,7 +5,8 @@ A label is a positive integer, one per index of one axis of one parameter or buf
 `groups` reads the record once, at the end.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -49,6 +50,59 @@ class Read:
     module: str
 
 
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """Labels of which every row must keep the same number.
+
+    Attributes:
+        labels: The labels; rows run along the last axis.
+        where: Place, for a reason.
+        rows_may_go: Whether rows may go as a whole too, as heads may where channels were unfolded into [head, place];
+            what is left must then be a grid again, of rows along the last axis but one.
+        in_step: Whether rows must lose the same places, unless they go as a whole.
+        partner: Rows that go with these where either go as a whole: the outputs of a grouped convolution.
+    """
+
+    labels: Tensor
+    where: str
+    rows_may_go: bool = False
+    in_step: bool = False
+    partner: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class WholeRows:
+    """Rows of channels, such as the heads of an attention, that go as a whole if that leaves any to choose from.
+
+    Attributes:
+        rows: Matrices of labels; the k-th rows of all of them are one unit, if rows go as a whole.
+        stays: Labels that stay as they are then: places that all rows share.
+        otherwise_stays: Labels that stay as they are if rows do not go as a whole.
+        otherwise_united: Labels that are united place by place in that case.
+        where: Place, for a reason.
+    """
+
+    rows: tuple[Tensor, ...]
+    stays: tuple[Tensor, ...]
+    otherwise_stays: tuple[Tensor, ...]
+    otherwise_united: tuple[tuple[Tensor, Tensor], ...]
+    where: str
+
+
+@dataclass(frozen=True, eq=False)
+class Mixing:
+    """Labels over which statistics are taken at one place.
+
+    Attributes:
+        labels: One row of labels for each statistic.
+        if_written: Whether it counts only where a layer writes these labels. The norm of a weight over what it *reads*
+            is the same whether a slice is zero or gone.
+    """
+
+    labels: Tensor
+    if_written: bool
+
+
 @dataclass
 class Record:
     """What the rules found, for `groups` to read."""
@@ -57,8 +111,9 @@ class Record:
     axes: dict[tuple[str, int], TensorAxis] = field(default_factory=dict)
     pairs: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     frozen: list[tuple[Tensor, str]] = field(default_factory=list)
-    grids: list[tuple[Tensor, str]] = field(default_factory=list)
-    mixing: dict[str, None] = field(default_factory=dict)
+    grids: list[Grid] = field(default_factory=list)
+    whole_rows: list[WholeRows] = field(default_factory=list)
+    mixing: dict[str, list[Mixing]] = field(default_factory=dict)
     written: list[Tensor] = field(default_factory=list)
     consumed: list[Tensor] = field(default_factory=list)
     reads: list[Read] = field(default_factory=list)
@@ -81,10 +136,26 @@ class Record:
         """Record that these labels must stay, and why."""
         self.frozen.append((planes.compress(labels).reshape(-1), reason))
 
-    def balance(self, grid: Tensor, where: str) -> None:
-        """Record that every row of a grid of labels must keep the same number."""
-        if grid.shape[0] > 1:
-            self.grids.append((grid, where))
+    def balance(self, grid: Tensor, where: str, rows_may_go: bool = False) -> None:
+        """Record that every row of a grid of labels, along its last axis, must keep the same number; see `Grid`."""
+        if grid.numel() > grid.shape[-1]:
+            self.grids.append(Grid(grid, where, rows_may_go))
+
+    def balance_groups(self, inner: Tensor, outer: Tensor, where: str) -> None:
+        """Record that groups must keep equal numbers of inputs, and of outputs, or go as a whole."""
+        self.grids += [Grid(inner, where, rows_may_go=True, partner=outer), Grid(outer, where, rows_may_go=True)]
+
+    def keep_in_step(self, grid: Tensor, where: str) -> None:
+        """Record that every row of a grid of labels must lose the same places, or go as a whole."""
+        self.grids.append(Grid(grid, where, rows_may_go=True, in_step=True))
+
+    def mix(self, place: str, plane: Tensor, axes: Iterable[int], *, if_written: bool = False) -> None:
+        """Record that statistics are taken over these axes: a slim network is not the masked original then."""
+        over = sorted(set(planes.varying(plane)) & set(axes))
+        if over:
+            rest = [axis for axis in planes.varying(plane) if axis not in over]
+            labels = planes.matrix(plane, [*rest, *over]).reshape(-1, math.prod(plane.shape[axis] for axis in over))
+            self.mixing.setdefault(place, []).append(Mixing(labels, if_written))
 
     def tensor_planes(self, name: str, shape: Sequence[int], groups: int | None) -> Planes:
         """Label every axis of a parameter or buffer, the same labels whenever it is asked again.

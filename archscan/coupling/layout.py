@@ -1,5 +1,6 @@
 """Rules for ops that only move, join or make channels: most are executed verbatim on the planes."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,7 +9,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from archscan.coupling import planes
-from archscan.coupling.labels import Planes
+from archscan.coupling.labels import Planes, WholeRows
+from archscan.coupling.products import cross
 from archscan.coupling.walk import Count, Walk, op_name, rule, unite_all
 from archscan.graph import Node, Ref
 
@@ -48,17 +50,32 @@ def factory(walk: Walk, node: Node) -> Sequence[Planes]:
     return [tuple(fresh)]
 
 
-@rule("arange", "linspace", "_assert_async", "_assert_tensor_metadata", "_local_scalar_dense", "randperm")
+@rule("arange", "eye", "linspace", "_assert_async", "_assert_tensor_metadata", "_local_scalar_dense", "randperm")
 def unlabelled(walk: Walk, node: Node) -> Sequence[Planes]:
     """Make nothing that has channels."""
     return [()] * len(node.outputs)
 
 
-@rule(*["permute", "transpose", "t", "unsqueeze", "squeeze", "expand", "movedim", "swapaxes", "numpy_T"])
+@rule(*["permute", "transpose", "t", "unsqueeze", "squeeze", "movedim", "swapaxes", "numpy_T"])
 def view(walk: Walk, node: Node) -> Sequence[Planes]:
     """Execute the op verbatim on each plane."""
     results = [_verbatim(node, plane) for plane in walk.of(node.args[0])]
     return [tuple(result[i] for result in results if planes.varying(result[i])) for i in range(len(node.outputs))]
+
+
+@rule("expand")
+def expand(walk: Walk, node: Node) -> Sequence[Planes]:
+    """Execute verbatim, and give the axes along which a value is repeated labels of their own, as `factory` does.
+
+    A weight that is repeated for each sample gets none for that.
+    """
+    out, shape = walk.out_shape(node), walk.shape(node.args[0])
+    old = (1,) * (len(out) - len(shape)) + tuple(shape)
+    axes = [axis for axis, size in enumerate(out) if size > 1 and old[axis] == 1]
+    if not walk.graph.values[node.args[0].value].per_sample and out[0] == walk.graph.batch_size:
+        axes = [axis for axis in axes if axis > 0]
+    fresh = tuple(planes.along(walk.record.fresh(out[axis]), out, axis) for axis in axes)
+    return [(*view(walk, node)[0], *fresh)]
 
 
 def _verbatim(node: Node, plane: Tensor) -> list[Tensor]:
@@ -71,10 +88,25 @@ def _verbatim(node: Node, plane: Tensor) -> list[Tensor]:
 @rule("select", "unbind", "diagonal")
 def pick(walk: Walk, node: Node) -> Sequence[Planes]:
     """Execute verbatim; where one channel is picked by its number, its whole axis is frozen."""
+    axis = node.args[1] if len(node.args) > 1 else 0
     for plane in walk.of(node.args[0]):
         if not any(planes.varying(result) for result in _verbatim(node, plane)):
             walk.record.freeze(plane, f"picked by number ({walk.where(node)})")
+        elif op_name(node) != "diagonal" and axis % plane.ndim in planes.varying(plane):
+            _pick_within_rows(walk, plane, axis % plane.ndim, walk.where(node))
     return view(walk, node)
+
+
+def _pick_within_rows(walk: Walk, plane: Tensor, axis: int, where: str) -> bool:
+    """Propose that rows go as a whole where places are picked within rows by number; say whether they are."""
+    others = [other for other in planes.varying(plane) if other != axis]
+    first, second = planes.vector(plane, axis)[:2].tolist()
+    grids = (known.labels for known in walk.record.grids if others)
+    if not any(((grid == first).any(-1) & (grid == second).any(-1)).any() for grid in grids):
+        return False
+    rows = planes.rows(plane, others[0])
+    walk.record.whole_rows.append(WholeRows((rows,), (), (rows,), (), f"picked by number ({where})"))
+    return True
 
 
 @rule("repeat", "tile", "unfold", "roll")
@@ -120,24 +152,25 @@ def index(walk: Walk, node: Node) -> Sequence[Planes]:
     return [tuple(results)]
 
 
-@rule("pixel_shuffle", "pixel_unshuffle", "im2col")
+@rule("pixel_shuffle", "pixel_unshuffle", "im2col", "col2im")
 def fold_space(walk: Walk, node: Node) -> Sequence[Planes]:
     """Trade channels for places: the channels that make up one channel's places are one unit."""
-    out = walk.out_shape(node)
+    out, name = walk.out_shape(node), op_name(node)
+    back = 2 if name == "col2im" else 3
     results = []
     for plane in walk.of(node.args[0]):
-        axis = plane.ndim - 3
-        if planes.varying(plane) != (axis,):
+        if planes.varying(plane) != (plane.ndim - back,):
             walk.record.freeze(plane, f"channels lie along a spatial axis ({walk.where(node)})")
             continue
-        labels = planes.vector(plane, axis)
-        if op_name(node) == "pixel_shuffle":
-            grid = labels.reshape(-1, node.args[1] ** 2)
+        labels = planes.vector(plane, plane.ndim - back)
+        axis = len(out) - (2 if name == "im2col" else 3)
+        if name in ("pixel_shuffle", "col2im"):
+            grid = labels.reshape(out[axis], -1)
             walk.record.unite(grid, grid[:, :1])
             labels = grid[:, 0]
         else:
-            labels = labels.repeat_interleave(out[1 if op_name(node) == "im2col" else axis] // len(labels))
-        results.append(planes.along(labels, out, 1 if op_name(node) == "im2col" else axis))
+            labels = labels.repeat_interleave(out[axis] // len(labels))
+        results.append(planes.along(labels, out, axis))
     return [tuple(results)]
 
 
@@ -152,11 +185,14 @@ def narrow(walk: Walk, node: Node) -> Sequence[Planes]:
         if axis % plane.ndim not in planes.varying(plane) or (step == 1 and (first, last) == (0, size)):
             continue
         if step != 1 or last - first == 1:
-            walk.record.freeze(plane, f"picked by number ({walk.where(node)})")
+            if not _pick_within_rows(walk, plane, axis % plane.ndim, walk.where(node)):
+                walk.record.freeze(plane, f"picked by number ({walk.where(node)})")
             continue
-        labels = planes.vector(plane, axis)
+        labels = planes.rows(plane, axis).T
         bounds = [start or 0, size if end is None else end]
-        counted = [labels[:bound] if 0 <= bound <= size else labels[bound:] if bound < 0 else None for bound in bounds]
+        counted = [
+            labels[:, :bound] if 0 <= bound <= size else labels[:, bound:] if bound < 0 else None for bound in bounds
+        ]
         counts: list[Count] = [(axis, None), (bounds[0], counted[0]), (bounds[1], counted[1])]
         walk.counts[walk.at] = counts
     return view(walk, node)
@@ -164,9 +200,9 @@ def narrow(walk: Walk, node: Node) -> Sequence[Planes]:
 
 @rule("split", "split_with_sizes", "chunk")
 def split(walk: Walk, node: Node) -> Sequence[Planes]:
-    """Execute verbatim; pieces of equal size must keep equal numbers of channels."""
+    """Execute verbatim; pieces must keep equal numbers of channels, unless each has been given a size of its own."""
     axis = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
-    for plane in walk.of(node.args[0]):
+    for plane in walk.of(node.args[0]) if op_name(node) != "split_with_sizes" else ():
         axis %= plane.ndim
         sizes = {walk.shape(number)[axis] for number in node.outputs if number is not None}
         if axis in planes.varying(plane) and len(sizes) == 1:
@@ -177,35 +213,39 @@ def split(walk: Walk, node: Node) -> Sequence[Planes]:
 @rule("view", "reshape", "_unsafe_view", "_reshape_alias", "flatten", "unflatten")
 def reshape(walk: Walk, node: Node) -> Sequence[Planes]:
     """Reshape the planes; see `resolve_merge` for flattened and `Record.balance` for unfolded channel axes."""
+    out, where = walk.out_shape(node), walk.where(node)
+    runs = [left for left, right in planes.axis_groups(walk.shape(node.args[0]), out) if len(left) > len(right)]
     results = []
-    for plane in walk.of(node.args[0]):
-        done = planes.reshape(plane, walk.out_shape(node))
+    for plane in cross(walk, walk.of(node.args[0]), runs, where):
+        done = planes.reshape(plane, out)
         for grid in done.merged:
-            resolve_merge(walk, grid, walk.where(node))
+            resolve_merge(walk, grid, where)
         for grid in done.split:
-            walk.record.balance(grid, walk.where(node))
+            walk.record.balance(grid, where, rows_may_go=True)
         results.append(done.plane)
     return [tuple(results)]
 
 
-def resolve_merge(walk: Walk, grid: Tensor, where: str) -> None:
-    """Decide what keeps a flattened grid of labels [outer, inner] in order when channels are removed.
+def resolve_merge(walk: Walk, axes: Tensor, where: str) -> None:
+    """Decide what keeps flattened axes of labels [outer …, inner] in order when channels are removed.
 
     Where the rows are the fibres of an earlier split, removing equally many from each row keeps the order. Where the
     columns are (a channel shuffle), the k-th of every column end up side by side, so each row must go as a whole.
     Otherwise rows must keep equal numbers.
     """
-    for known, _ in reversed(walk.record.grids):
-        row_of = {label: row for row, labels in enumerate(known.tolist()) for label in labels}
+    grid = axes.reshape(-1, axes.shape[-1])
+    for known in reversed(walk.record.grids):
+        rows_known = known.labels.reshape(-1, known.labels.shape[-1])
+        row_of = {label: row for row, labels in enumerate(rows_known.tolist()) for label in labels}
         rows = [[row_of.get(label) for label in labels] for labels in grid.tolist()]
         if any(row is None for labels in rows for row in labels):
             continue
         if all(len(set(labels)) == 1 for labels in rows):
             return
         if all(len(set(labels)) == 1 for labels in zip(*rows, strict=True)):
-            walk.record.unite(grid, grid[:, :1])
+            walk.record.keep_in_step(grid.T, where)
             return
-    walk.record.balance(grid, where)
+    walk.record.balance(axes, where, rows_may_go=True)
 
 
 @rule("as_strided")
@@ -262,7 +302,11 @@ def stack(walk: Walk, node: Node) -> Sequence[Planes]:
     axes = sorted({i for plane in first for i in planes.varying(plane)})
     if not axes:
         return [()]
-    return [(torch.stack([planes.compress(plane, axes) for plane in first], dim=axis).expand(shape),)]
+    result = torch.stack([planes.compress(plane, axes) for plane in first], dim=axis).expand(shape)
+    for lying in axes:
+        grid = planes.matrix(result, [axis, lying + (lying >= axis)])
+        walk.record.balance(grid, walk.where(node))
+    return [(result,)]
 
 
 @rule("constant_pad_nd")
@@ -277,15 +321,22 @@ def pad(walk: Walk, node: Node) -> Sequence[Planes]:
             axis, before, after = plane.ndim - 1 - pair, amounts[2 * pair], amounts[2 * pair + 1]
             if axis not in axes:
                 continue
-            if before < 0 or after < 0 or small.numel() != plane.shape[axis]:
+            if before < 0 or after < 0:
                 walk.record.freeze(plane, f"cropped by a negative padding ({walk.where(node)})")
                 continue
-            ends = walk.record.fresh(before), walk.record.fresh(after)
-            walk.counts.setdefault(walk.at, []).extend([(before, ends[0]), (after, ends[1])])
-            small = torch.cat([ends[0], small.reshape(-1), ends[1]]).reshape(
-                [-1 if i == axis else 1 for i in range(plane.ndim)]
+            ends = [_fresh_like(walk, small, axis, amount) for amount in (before, after)]
+            walk.counts.setdefault(walk.at, []).extend(
+                (amount, end.movedim(axis, -1).reshape(math.prod(end.shape) // max(amount, 1), amount))
+                for amount, end in zip((before, after), ends, strict=True)
             )
+            small = torch.cat([ends[0], small, ends[1]], dim=axis)
         fits = all(small.shape[i] in (1, shape[i]) for i in range(len(shape)))
         if fits:
             results.append(small.expand(shape))
     return [tuple(results)]
+
+
+def _fresh_like(walk: Walk, labels: Tensor, axis: int, count: int) -> Tensor:
+    """Hand out labels of the shape of others, but so many along one axis."""
+    shape = [count if i == axis else size for i, size in enumerate(labels.shape)]
+    return walk.record.fresh(math.prod(shape)).reshape(shape)

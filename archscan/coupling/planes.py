@@ -94,8 +94,8 @@ class Reshaped:
 
     Attributes:
         plane: The plane of the new shape.
-        merged: Grids of labels [outer, inner] that were flattened although both axes vary.
-        split: Grids of labels [outer, inner] that one axis was unfolded into although both axes vary.
+        merged: Labels over axes that were flattened although several of them vary, those axes only.
+        split: Labels over axes that one axis was unfolded into, of which several vary, those axes only.
     """
 
     plane: Tensor
@@ -104,13 +104,22 @@ class Reshaped:
 
 
 def _grid(plane: Tensor, axes: Sequence[int]) -> Tensor | None:
-    """Labels over `axes` as [all but the innermost varying axis, that axis]; None unless at least two of them vary."""
+    """Labels over those of `axes` that vary, at index 0 of all others; None unless at least two of them vary."""
     varies = [axis for axis in axes if axis in varying(plane)]
-    if len(varies) < 2:
-        return None
-    small = compress(plane, varies)
-    order = [axis for axis in range(plane.ndim) if axis not in varies] + varies
-    return small.permute(order).reshape(-1, plane.shape[varies[-1]])
+    return matrix(plane, varies) if len(varies) > 1 else None
+
+
+def matrix(plane: Tensor, axes: Sequence[int]) -> Tensor:
+    """Labels over the axes given, in their order, at index 0 of all others."""
+    small = compress(plane, axes)
+    order = [axis for axis in range(plane.ndim) if axis not in axes] + list(axes)
+    return small.permute(order)[(0,) * (plane.ndim - len(axes))]
+
+
+def rows(plane: Tensor, axis: int) -> Tensor:
+    """Labels as a matrix [index along an axis, everything else that varies]."""
+    others = [other for other in varying(plane) if other != axis]
+    return matrix(plane, [axis, *others]).reshape(plane.shape[axis], -1)
 
 
 def reshape(plane: Tensor, shape: Sequence[int]) -> Reshaped:

@@ -28,7 +28,7 @@ def reduction(walk: Walk, node: Node) -> Sequence[Planes]:
     for plane in walk.of(node.args[0]):
         over = set(planes.varying(plane)) & reduced
         if over and (over == set(planes.varying(plane)) or not per_sample):
-            walk.record.mixing[f"{op_name(node)} over channels at {node.where()}"] = None
+            walk.record.mix(f"{op_name(node)} over channels at {node.where()}", plane, over)
             continue
         for axis in over:  # stacked branches, reduced to one: an addition place by place
             walk.record.unite(plane, plane.narrow(axis, 0, 1))
@@ -94,8 +94,8 @@ def _affine(walk: Walk, node: Node, refs: Sequence[Any], axes: Sequence[int]) ->
 def batch_norm(walk: Walk, node: Node) -> Sequence[Planes]:
     """Unite affine parameters and running statistics with the channel."""
     result = _affine(walk, node, [ref for ref in node.args[1:5] if isinstance(ref, Ref)], [1])
-    if any(set(planes.varying(plane)) - {1} for plane in result):
-        walk.record.mixing[f"statistics over channels in {walk.where(node)}"] = None
+    for plane in result:
+        walk.record.mix(f"statistics over channels in {walk.where(node)}", plane, {*range(plane.ndim)} - {1})
     per_channel = [planes.vector(plane, 1) for plane in result if 1 in planes.varying(plane)]
     statistics = [
         tuple(labels for labels in per_channel if tuple(labels.shape) == walk.out_shape(node, i)) for i in (1, 2)
@@ -115,8 +115,8 @@ def layer_norm(walk: Walk, node: Node) -> Sequence[Planes]:
     first = len(walk.shape(node.args[0])) - len(node.args[1])
     normalised = range(first, len(walk.shape(node.args[0])))
     result = _affine(walk, node, node.args[2:4], normalised)
-    if any(set(planes.varying(plane)) & set(normalised) for plane in result):
-        walk.record.mixing[f"LayerNorm at {node.where()}"] = None
+    for plane in result:
+        walk.record.mix(f"LayerNorm at {node.where()}", plane, normalised)
     return [result, *[()] * (len(node.outputs) - 1)]
 
 
@@ -127,7 +127,19 @@ def group_norm(walk: Walk, node: Node) -> Sequence[Planes]:
     result = _affine(walk, node, node.args[1:3], [1])
     for plane in result:
         if 1 in planes.varying(plane):
-            walk.record.balance(planes.vector(plane, 1).reshape(groups, -1), walk.where(node))
-            if plane.shape[1] > groups:
-                walk.record.mixing[f"GroupNorm at {node.where()}"] = None
+            grid = planes.vector(plane, 1).reshape(groups, -1)
+            walk.record.balance(grid, walk.where(node), rows_may_go=True)
+            walk.record.mix(f"GroupNorm at {node.where()}", grid, {1})
     return [result, *[()] * (len(node.outputs) - 1)]
+
+
+@rule("_weight_norm_interface")
+def weight_norm(walk: Walk, node: Node) -> Sequence[Planes]:
+    """Unite magnitudes with the channels; a norm over what a weight reads is the same with zeros as without them."""
+    weight, magnitude = node.args[:2]
+    operands = [(walk.of(ref), walk.shape(ref)) for ref in (weight, magnitude)]
+    result = unite_all(walk, walk.shape(weight), operands, walk.where(node))
+    axes = [axis for axis, size in enumerate(walk.shape(magnitude)) if size == 1]
+    for plane in result:
+        walk.record.mix(f"{op_name(node)} over channels at {node.where()}", plane, axes, if_written=True)
+    return [result, walk.of(magnitude)]

@@ -17,7 +17,9 @@ from archscan.coupling.labels import Planes, Record
 from archscan.errors import UnsupportedOp
 from archscan.graph import Graph, Node, Ref
 
-Count = tuple[int, Tensor | None]  # an integer argument, and the labels that it counts; None where it stays as it is
+Count = tuple[
+    int, Tensor | None
+]  # an integer argument; labels [row, index] that it counts, None where it stays as it is
 Rule = Callable[["Walk", Node], Sequence[Planes]]
 
 RULES: dict[str, Rule] = {}
