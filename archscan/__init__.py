@@ -17,34 +17,42 @@ if TYPE_CHECKING:
         RebuildMismatch,
         UnsupportedOp,
     )
-    from archscan.export import load
+    from archscan.exporters import ExportSettings, export
     from archscan.groups import ChannelGroup, channel_groups, couple, coupling_graph
+    from archscan.saving import load
     from archscan.slimming import SlimResult, SlimSettings, slim
+    from archscan.training import TrainSettings, finetune
     from archscan.widths import WidthRule
 
 __all__ = [
     "ArchscanError",
     "BadInput",
     "ChannelGroup",
+    "ExportSettings",
     "InfeasibleBudget",
     "RebuildMismatch",
     "SlimResult",
     "SlimSettings",
+    "TrainSettings",
     "UnsupportedOp",
     "WidthRule",
     "__version__",
     "channel_groups",
     "couple",
     "coupling_graph",
+    "export",
+    "finetune",
     "load",
     "slim",
 ]
 
 _HOMES = {
     "archscan.errors": ("ArchscanError", "BadInput", "InfeasibleBudget", "RebuildMismatch", "UnsupportedOp"),
-    "archscan.export": ("load",),
+    "archscan.exporters": ("ExportSettings", "export"),
     "archscan.groups": ("ChannelGroup", "channel_groups", "couple", "coupling_graph"),
+    "archscan.saving": ("load",),
     "archscan.slimming": ("SlimResult", "SlimSettings", "slim"),
+    "archscan.training": ("TrainSettings", "finetune"),
     "archscan.widths": ("WidthRule",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}

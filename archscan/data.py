@@ -20,7 +20,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, Literal
 
@@ -170,6 +170,16 @@ def evaluation_images(
     order = list(range(len(source.names))) if everything else _balanced_order(source.labels, len(source.classes), seed)
     wanted = len(order) if samples is None else samples
     return _decoded(str(spec), source, order, wanted, preprocessing, batch_size, progress)
+
+
+def training_images(
+    spec: str | os.PathLike[str], preprocessing: Preprocessing, *, samples: int | None = None, seed: int = 0
+) -> _Source:
+    """Open images to train on without decoding any, those that `calibration_images` draws from: all, or `samples`."""
+    source = _open(spec, preprocessing, range(DIGITS_CALIBRATION))
+    drawn = _balanced_order(source.labels, len(source.classes), seed)[:samples]
+    names, labels = [source.names[index] for index in drawn], [source.labels[index] for index in drawn]
+    return replace(source, names=names, labels=labels, read=lambda place: source.read(drawn[place]))
 
 
 def _check_counts(samples: int, batch_size: int) -> None:

@@ -12,14 +12,15 @@ PACKAGE = ROOT / "archscan"
 FLOW = (
     *("errors", "torchvision_ops"),
     *("reference_nets", "recipes", "weights", "hubs", "sources", "data"),
-    *("meta_shapes", "graph", "capture", "coupling", "sizes", "groups"),
+    *("meta_shapes", "graph", "capture", "coupling", "sizes", "groups", "ties"),
     *("mac_table", "costs"),
-    *("losses", "probes", "gates", "criteria"),
-    *("widths", "search", "planner", "bottlenecks"),
-    *("surgery", "follow", "rebuild"),
-    *("recover", "rehearsal", "lockstep", "least_squares", "reconstruct"),
-    *("verify", "recount", "recognise", "saving", "interchange", "evaluation"),
-    *("options", "report", "results", "saved", "replan", "slimming", "pipeline"),
+    *("losses", "weight_statistics", "layer_statistics", "sharpness", "probes", "gates", "criteria"),
+    *("widths", "search", "set_effects", "planner", "bottlenecks"),
+    *("surgery", "divergence", "follow", "rebuild", "settle", "rounds"),
+    *("recover", "rehearsal", "lockstep", "least_squares", "heldout", "reconstruct"),
+    *("same_statistics", "verify", "fold", "recount", "recognise", "saving", "evaluation"),
+    *("options", "report", "results", "saved", "timm_entrypoint", "exporters", "training"),
+    *("replan", "stages", "slimming", "audit", "pipeline", "auditing"),
     *("arguments", "commands", "cli", "__main__"),
 )
 """Files in the order in which data flow through them; each imports only from files before it."""

@@ -576,7 +576,7 @@ def test_ctrl_c_while_saving_leaves_nothing_or_the_old_result(typed, monkeypatch
     def interrupted(*_arguments, **_keywords):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("archscan.export.save_file", interrupted)
+    monkeypatch.setattr("archscan.saving.save_file", interrupted)
     for folder in ("out", "new"):
         ran = typed(*LENET.split(), "--output", folder, "--overwrite")
         assert (ran.code, ran.out, ran.err) == (130, "", "archscan: interrupted\n")
