@@ -285,7 +285,8 @@ def verification_line(report: Report) -> str:
     outcome = "passed" if proof.passed else "FAILED"
     error = "no number" if proof.max_abs_error is None else f"{proof.max_abs_error:.1e}"
     bound = "" if proof.tolerance is None else f", tolerance {proof.tolerance:.1e}"
-    return f"{outcome}: rebuilt network against masked original, largest difference {error}{bound} (measured)"
+    how = f", {proof.reason}" if proof.passed and proof.reason else ""
+    return f"{outcome}: rebuilt network against masked original{how}, largest difference {error}{bound} (measured)"
 
 
 def accuracy_line(report: Report) -> str | None:
