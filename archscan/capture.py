@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
@@ -61,7 +62,7 @@ class ContractionMode(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        name = getattr(func, "__name__", "")
+        name = getattr(func, "__name__", "").partition(".")[0]  # torch.ops.aten.conv2d.default is a conv2d
         if name == "__get__":  # an attribute read such as `.requires_grad`
             return func(*args, **(kwargs or {}))
         outer, self.function = (self.function, self.contraction), name
@@ -79,6 +80,9 @@ class ContractionMode(TorchFunctionMode):
     ) -> Any:
         """Run contraction `number`; subclasses put gates here."""
         return func(*args, **kwargs)
+
+
+_PRODUCT_OPS = frozenset({torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default})
 
 
 class _Recorder(TorchDispatchMode):
@@ -107,6 +111,8 @@ class _Recorder(TorchDispatchMode):
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func.namespace == "profiler":  # a label for who reads a profile
+            return func(*args, **kwargs)
         refs: list[int] = []
 
         def refer(leaf: Tensor) -> Ref:
@@ -137,6 +143,8 @@ class _Recorder(TorchDispatchMode):
         return result
 
     def _outputs(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if func in _PRODUCT_OPS and len({leaf.dtype for leaf in leaves_of(args) if isinstance(leaf, Tensor)}) > 1:
+            raise RuntimeError(f"{func} is given tensors of several dtypes")  # which goes unseen on meta
         make = OUTPUTS.get(func)
         plain = make is not None and isinstance(args[0], Tensor) and args[0].device.type == "meta"
         made = make(*args, **kwargs) if make is not None and plain else None
@@ -208,7 +216,13 @@ def _record(
         recorder.alive.extend(alive)
         with recorder:
             output = run()
-    numbers = tuple(recorder.number(leaf, "constant", per_sample=False) for leaf in _tensors(output))
+    returned = _tensors(output)
+    if not returned:
+        raise BadInput(
+            f"the model returns no tensor but a {type(output).__name__}, so that nothing can be proven of it; return "
+            "tensors, in a tuple or dict where there are several"
+        )
+    numbers = tuple(recorder.number(leaf, "constant", per_sample=False) for leaf in returned)
     types = {name: type(module) for name, module in model.named_modules(remove_duplicate=False)}
     return Graph(tuple(recorder.values), tuple(recorder.nodes), numbers, batch_size, training, types)
 
@@ -300,6 +314,43 @@ def _record_on_cpu(model: nn.Module, example_input: Any, batch_size: int, traini
     return _record(model, lambda: model(*args, **kwargs), named, batch_size, training, inputs)
 
 
+_PARALLEL = frozenset({"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel"})
+
+
+def require_plain(model: nn.Module) -> None:
+    """See that a network consists of ordinary modules with weights that can be cut.
+
+    Raises:
+        BadInput: It is compiled, scripted, quantized, wrapped for several devices, or not initialised.
+    """
+    if isinstance(model, torch.jit.ScriptModule) or hasattr(model, "_orig_mod"):
+        raise BadInput(f"the model is compiled ({type(model).__name__}); pass the module that it was made from")
+    for path, module in model.named_modules():
+        kind, where = type(module).__name__, path or "the model"
+        if kind in _PARALLEL:
+            raise BadInput(f"{where} is wrapped in {kind}, which spreads it over devices; pass the module inside it")
+        if isinstance(module, torch.jit.ScriptModule):
+            raise BadInput(f"{where} is TorchScript ({kind}), whose weights cannot be cut; use the module it came from")
+        if isinstance(module, torch.fx.GraphModule) and any(
+            isinstance(node.target, torch._ops.OpOverload) for node in module.graph.nodes
+        ):
+            raise BadInput(
+                f"{where} is a graph of ATen ops, as torch.export gives; pass the module it was exported from"
+            )
+        if ".quantized" in type(module).__module__ and type(module).__module__.startswith("torch."):
+            raise BadInput(f"{where} is quantized ({kind}), and integers cannot be cut; slim the model before that")
+        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            if is_lazy(tensor):
+                raise BadInput(
+                    f"{where} ({kind}) is not initialised; run the model once on an input before slimming it"
+                )
+            if tensor.is_inference():
+                raise BadInput(
+                    f"{name} of {where} was made under torch.inference_mode and can never be trained; build the model "
+                    "outside of it"
+                )
+
+
 def capture(model: nn.Module, example_input: Any, *, training: bool = False, batch_size: int = 2) -> Graph:
     """Record one forward pass of `model`, which is left unchanged.
 
@@ -311,8 +362,9 @@ def capture(model: nn.Module, example_input: Any, *, training: bool = False, bat
         batch_size: Leading size of the recorded input. 2 by default: an axis of 1 would broadcast.
 
     Raises:
-        BadInput: The model cannot take the input.
+        BadInput: The model cannot take the input, returns no tensor, or is not plain (see `require_plain`).
     """
+    require_plain(model)
     graph = record_once(model, example_input, training=training, batch_size=batch_size)
     return _with_constants_per_sample(
         graph, lambda: record_once(model, example_input, training=training, batch_size=batch_size + 1)
@@ -321,17 +373,20 @@ def capture(model: nn.Module, example_input: Any, *, training: bool = False, bat
 
 def record_once(model: nn.Module, example_input: Any, *, training: bool, batch_size: int) -> Graph:
     """Record exactly one forward pass; see `capture`, which may need a second one."""
-    if not _tensors(split_input(example_input)):
+    inputs = _tensors(split_input(example_input))
+    if not inputs:
         raise BadInput(
             "the example input holds no tensor; pass a tensor, a tuple of tensors or a dict of keyword arguments"
         )
+    if any(leaf.layout != torch.strided for leaf in inputs):
+        raise BadInput("the example input holds a sparse tensor; pass dense ones, as .to_dense() makes them")
     try:
         return _record_on_meta(model, example_input, batch_size, training)
     except _FORWARD_ERRORS as on_meta:
         try:
             return _record_on_cpu(model, example_input, batch_size, training)
         except _FORWARD_ERRORS as error:
-            shapes = ", ".join(str(tuple(leaf.shape)) for leaf in _tensors(split_input(example_input)))
+            shapes = ", ".join(str(tuple(leaf.shape)) for leaf in inputs)
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             mode = "train" if training else "eval"
             raise BadInput(

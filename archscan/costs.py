@@ -17,14 +17,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import torch
 from scipy import sparse
 
 from archscan.errors import BadInput, UnsupportedOp
-from archscan.graph import Graph
+from archscan.graph import Graph, Node
 from archscan.mac_table import (
     IGNORED,
     MAC_HANDLES,
-    UNCOUNTED_FUNCTIONS,
+    MISSED_BY_FVCORE,
     Call,
     Size,
     SizeOf,
@@ -72,13 +73,15 @@ class CostModel:
     """Costs of a network per image, for any widths of its groups.
 
     Attributes:
-        full_widths_G: Kept steps of every group in the dense network. uncounted: Ops and functions with arithmetic
-        that is not counted, in the order of execution: those that fvcore does
-            not count either.
+        full_widths_G: Kept steps of every group in the dense network.
+        uncounted: Ops with arithmetic that is not counted, in the order of execution; fvcore does not count them
+            either.
+        missed_by_fvcore: Functions that are counted here and not by fvcore, in the order of execution.
     """
 
     full_widths_G: np.ndarray
     uncounted: tuple[str, ...]
+    missed_by_fvcore: tuple[str, ...]
     _slopes_VG: sparse.csr_array
     _constants_V: np.ndarray
     _polynomials: Mapping[CostKind, _Polynomial]
@@ -200,6 +203,7 @@ def cost_model(graph: Graph, size_of: SizeOf, parameters: Mapping[str, Sizes], f
     terms = _Terms(full)
     checked = _checked(graph, size_of, full)
     uncounted: dict[str, None] = {}
+    missed: dict[str, None] = {}
     for node in graph.nodes:
         op = node.op._schema.name
         handle = MAC_HANDLES.get(op)
@@ -208,23 +212,33 @@ def cost_model(graph: Graph, size_of: SizeOf, parameters: Mapping[str, Sizes], f
             if name not in IGNORED and name.removesuffix("_") not in IGNORED:
                 uncounted[op] = None
             continue
-        if node.function in UNCOUNTED_FUNCTIONS:
-            uncounted[node.function] = None
-            continue
+        if node.function in MISSED_BY_FVCORE:
+            missed[node.function] = None
         call = Call(node, checked)
         factors = handle(call)
         if factors is None:
             continue
-        first = node.outputs[0]
-        batch_size = graph.batch_size if first is not None and graph.values[first].per_sample else 1
-        terms.add("macs", factors, node.module, batch_size)
+        terms.add("macs", factors, node.module, _batch_share(graph, node, factors))
         if counts_as_activation(node, op):
-            terms.add("activations", call.output, node.module, batch_size)
+            terms.add("activations", call.output, node.module, _batch_share(graph, node, call.output))
     for path, sizes in parameters.items():
         terms.add("params", sizes, path.rpartition(".")[0])
     slopes_VG, constants_V = terms.matrices()
     polynomials: dict[CostKind, _Polynomial] = {kind: terms.polynomial(kind) for kind in terms.rows}
-    return CostModel(np.array(full, dtype=np.int64), tuple(uncounted), slopes_VG, constants_V, polynomials)
+    full_G = np.array(full, dtype=np.int64)
+    return CostModel(full_G, tuple(uncounted), tuple(missed), slopes_VG, constants_V, polynomials)
+
+
+def _batch_share(graph: Graph, node: Node, factors: Iterable[int | Size]) -> int:
+    """Say by what the count of an op is divided to come to that of a batch of one.
+
+    A product of two matrices that both hold the batch mixes its samples, and costs its square.
+    """
+    first = node.outputs[0]
+    if first is None or not graph.values[first].per_sample:
+        return 1
+    mixes = node.op is torch.ops.aten.mm.default and all(graph.values[number].per_sample for number in node.tensors)
+    return graph.batch_size ** (list(factors).count(Size(graph.batch_size, {})) if mixes else 1)
 
 
 def _checked(graph: Graph, size_of: SizeOf, full: Sequence[int]) -> SizeOf:

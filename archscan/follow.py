@@ -4,29 +4,25 @@ Examples are ``self.width`` of a split, the amounts of a padding, the groups of 
 the meta device, beside the recorded ops of the original.
 
 The decision that is not obvious: nothing is guessed from attribute names. At the first op whose output has another
-shape than predicted, the integers of its module that equal a size which changed there are tried, and a change is kept
-only if the run then gets past that op. What is kept is written into the surgery, so loading a result needs no run.
+shape than predicted, those integers of its module that were read by then and equal a size which changed there are
+tried, and a change is kept only if the run then gets past that op. What is kept is written into the surgery, so loading
+a result needs no run.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import chain, islice, product
-from typing import Any
+from typing import Any, Literal
 
-import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
+from torch import nn
 
-from archscan.capture import record_once
-from archscan.errors import BadInput, RebuildMismatch
+from archscan.divergence import Divergence, Hints, Predicted, divergence, reads_values
+from archscan.errors import RebuildMismatch
 from archscan.graph import Graph, Node
 from archscan.surgery import set_sizes, sizes_of
 
-Hints = Mapping[int, Sequence[tuple[int, int]]]
-"""Node number → (old, new) integers, in the order in which they stand beside each other in the op's arguments."""
-
-Predicted = Sequence[tuple[int, ...]]
-"""The shape of every value of a graph in the slim network."""
+Attributes = Mapping[str, Mapping[str, int | tuple[int, ...]]]
+"""Module path → attribute → its new value."""
 
 _ATTEMPTS = 96
 """How many changes are tried at one op before giving up."""
@@ -38,153 +34,21 @@ class CannotFollow(RebuildMismatch):
     Attributes:
         module: Its path.
         detail: What was seen there.
+        node: Number of the op of the recorded run; the count of all of them where only train mode fails.
+        found: The attributes that were changed by then.
     """
 
-    def __init__(self, module: str, detail: str) -> None:
+    def __init__(self, module: str, detail: str, node: int, found: "Attributes | None" = None) -> None:
         where = module or "the model"
         super().__init__(f"the forward of {where} cannot run with fewer channels ({detail}); protect that module")
         self.module = module
         self.detail = detail
-
-
-class _Diverged(Exception):
-    """The cut network stopped doing what was predicted, at node `index`."""
-
-    def __init__(self, index: int, detail: str) -> None:
-        super().__init__(detail)
-        self.index = index
-        self.detail = detail.strip().splitlines()[0] if detail.strip() else "it failed"
-
-
-class _Comparison(TorchDispatchMode):
-    """Lies above the recorder of `capture` and compares every op of the model's forward with the prediction.
-
-    Attributes:
-        index: Number of the next node.
-        runs: How often the model's forward was entered; `capture` enters it again where it cannot run on meta.
-    """
-
-    def __init__(self, root: type[nn.Module], graph: Graph, predicted: Predicted | None, hints: Hints) -> None:
-        super().__init__()
-        self.root, self.graph, self.predicted, self.hints = root, graph, predicted, hints
-        reads_values = any(node.op is torch.ops.aten._local_scalar_dense.default for node in graph.nodes)
-        self.run_to_compare = 2 if reads_values else 1
-        self.runs, self.index = 0, 0
-        self.entered: nn.Module | None = None
-        seen: set[int] = set()
-        self.fresh: list[list[int | None]] = []  # per node, the outputs that are seen for the first time
-        for node in graph.nodes:
-            self.fresh.append([None if number in seen else number for number in node.outputs])
-            seen.update(number for number in (*node.tensors, *node.outputs) if number is not None)
-
-    def enter(self, module: nn.Module, _args: Any) -> None:
-        """Notice that the model's forward begins: from here on, see its ops before `capture` does."""
-        if self.entered is not None or type(module) is not self.root:
-            return
-        self.runs += 1
-        if self.runs > self.run_to_compare:
-            raise _Diverged(self.index, "it failed outside of any op")
-        self.entered = module
-        if self.runs == self.run_to_compare:
-            self.__enter__()
-
-    def leave(self, module: nn.Module, _args: Any, _output: Any) -> None:
-        """Notice that the model's forward ends."""
-        if module is not self.entered:
-            return
-        self.entered = None
-        if self.runs == self.run_to_compare:
-            self.__exit__(None, None, None)
-
-    def __torch_dispatch__(
-        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        at = self.index
-        if at >= len(self.graph.nodes) or self.graph.nodes[at].op is not func:
-            raise _Diverged(min(at, len(self.graph.nodes) - 1), f"it ran {func} out of turn")
-        self._check_integers(at, (args, kwargs or {}))
-        _check_norm(at, func, args)
-        try:
-            result = func(*args, **(kwargs or {}))
-        except (RuntimeError, NotImplementedError, ValueError, TypeError, IndexError) as error:
-            raise _Diverged(at, str(error)) from error
-        self._check_shapes(at, tree_flatten(result)[0])
-        self.index += 1
-        return result
-
-    def _check_integers(self, at: int, arguments: Any) -> None:
-        if at not in self.hints:
-            return
-        node, hints = self.graph.nodes[at], list(self.hints[at])
-        pairs = list(zip(_integers((node.args, dict(node.kwargs))), _integers(arguments), strict=False))
-        places = [
-            place
-            for place in range(len(pairs) - len(hints) + 1)
-            if all(pair[0] == hint[0] for pair, hint in zip(pairs[place:], hints, strict=False))
-        ]
-        if not any(pairs == _put(hints, pairs, place) for place in places):
-            raise _Diverged(at, f"{node.op} needs other amounts")
-
-    def _check_shapes(self, at: int, leaves: Sequence[Any]) -> None:
-        if len(leaves) != len(self.fresh[at]):
-            raise _Diverged(at, f"{self.graph.nodes[at].op} returned {len(leaves)} tensors, not {len(self.fresh[at])}")
-        for leaf, number in zip(leaves, self.fresh[at], strict=True):
-            if self.predicted is None or number is None or not isinstance(leaf, Tensor):
-                continue
-            if tuple(leaf.shape) != tuple(self.predicted[number]):
-                shapes = f"{tuple(leaf.shape)}, not {tuple(self.predicted[number])}"
-                raise _Diverged(at, f"{self.graph.nodes[at].op} returned {shapes}")
-
-
-def _check_norm(at: int, func: Any, args: tuple[Any, ...]) -> None:
-    """Check what `capture` does not: on meta it derives the outputs of a normalisation from its input alone."""
-    if func is torch.ops.aten.native_layer_norm.default:
-        expected = [tuple(args[0].shape[-len(args[1]) :])]
-        found = [tuple(args[1]), *(tuple(tensor.shape) for tensor in args[2:4] if tensor is not None)]
-    elif func is torch.ops.aten.native_batch_norm.default:
-        expected = [(args[0].shape[1],)]
-        found = [tuple(tensor.shape) for tensor in args[1:5] if tensor is not None]
-    else:
-        return
-    if any(shape != expected[0] for shape in found):
-        raise _Diverged(at, f"{func} is of size {found[0]} on an activation of {tuple(args[0].shape)}")
-
-
-def _put(hints: list[tuple[int, int]], pairs: list[tuple[int, int]], place: int) -> list[tuple[int, int]]:
-    """Give what the integers of an op should be if the hints stand at a place and nothing else changes."""
-    rest = [(old, old) for old, _ in pairs]
-    return [*rest[:place], *hints, *rest[place + len(hints) :]]
+        self.node = node
+        self.found: Attributes = found or {}
 
 
 def _differing(pairs: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     return [(old, new) for old, new in pairs if old != new]
-
-
-def _integers(arguments: Any) -> list[int]:
-    return [leaf for leaf in tree_flatten(arguments)[0] if type(leaf) is int]
-
-
-def divergence(
-    model: nn.Module, example_input: Any, graph: Graph, predicted: Predicted | None, hints: Hints
-) -> _Diverged | None:
-    """Run the cut network beside the original's graph; return where it first departs from the prediction, or None."""
-    comparison = _Comparison(type(model), graph, predicted, hints)
-    handles = [
-        nn.modules.module.register_module_forward_pre_hook(comparison.enter),
-        nn.modules.module.register_module_forward_hook(comparison.leave, always_call=True),
-    ]
-    try:
-        record_once(model, example_input, training=graph.training, batch_size=graph.batch_size)
-    except _Diverged as diverged:
-        return diverged
-    except BadInput as error:
-        return _Diverged(min(comparison.index, len(graph.nodes) - 1), str(error.__cause__ or error))
-    finally:
-        for handle in handles:
-            handle.remove()
-        if comparison.entered is not None:  # an interruption, after which no hook is called
-            comparison.leave(comparison.entered, None, None)
-    return None
 
 
 def _changes(graph: Graph, predicted: Predicted, node: Node) -> list[tuple[int, int]]:
@@ -207,21 +71,64 @@ def _parents(path: str) -> Iterator[str]:
 Change = tuple[tuple[str, int | tuple[int, ...]], ...]
 """New values of some attributes of one module."""
 
+Source = Literal["op", "module", "multiple"]
+"""Where a new size was found: at the op itself, anywhere in the module, or as a factor or a multiple of one of those."""
 
-def _tries(module: nn.Module, pairs: Sequence[tuple[int, int]]) -> Iterator[Change]:
+_SOURCES: tuple[Source, ...] = ("op", "module", "multiple")
+
+Reads = Mapping[str, set[str]]
+"""Module path → names of the attributes that a forward read."""
+
+
+@contextmanager
+def _spied(model: nn.Module, possible: bool) -> Iterator[Reads]:
+    """Note which attributes are read, by putting each module into a subclass of its class for a while.
+
+    Nothing is noted where that is not possible, because a copy of the model runs.
+    """
+    reads: dict[str, set[str]] = {}
+    spies: dict[type[nn.Module], type[nn.Module]] = {}
+    names: dict[int, set[str]] = {}
+
+    def spy(kind: type[nn.Module]) -> type[nn.Module]:
+        def note(module: nn.Module, name: str) -> Any:
+            if id(module) in names:
+                names[id(module)].add(name)
+            return kind.__getattribute__(module, name)
+
+        return type(kind.__name__, (kind,), {"__getattribute__": note, "__module__": kind.__module__})
+
+    before = [(path, module, type(module)) for path, module in model.named_modules() if possible]
+    try:
+        for path, module, kind in before:
+            if kind not in spies:
+                spies[kind] = spy(kind)
+            module.__class__ = spies[kind]
+            reads[path] = names[id(module)] = set()
+        yield reads
+    finally:
+        names.clear()
+        for _, module, kind in before:
+            module.__class__ = kind
+
+
+def _tries(module: nn.Module, pairs: Sequence[tuple[int, int]], read: Iterable[str] | None = None) -> Iterator[Change]:
     """Yield changes of the module's integers that equal an old size: one attribute at a time, and all together.
 
     All together comes first where one old size has several new ones (zeros put before and after), in the order in which
-    the attributes were defined.
+    the attributes were defined. Of several equal sizes in one attribute, some may stay as they are.
     """
     options: dict[str, list[int | tuple[int, ...]]] = {}
     for name in vars(module):
         old = sizes_of(module, name)
-        if old is None or name == "training":
+        if old is None or name == "training" or (read is not None and name not in read):
             continue
-        choices = product(*([new for before, new in pairs if before == size] or [size] for size in old))
+        stays = [[size] if len(old) > 1 else [] for size in old]
+        news = ([new for before, new in pairs if before == size] for size in old)
+        choices = product(*(new + same or [size] for new, same, size in zip(news, stays, old, strict=True)))
         is_int = type(vars(module)[name]) is int
-        values = [choice[0] if is_int else choice for choice in choices if choice != old]
+        different = (choice for choice in choices if choice != old)
+        values = [choice[0] if is_int else choice for choice in islice(different, _ATTEMPTS)]
         if values:
             options[name] = values
     single = (((name, value),) for name, values in options.items() for value in values)
@@ -229,22 +136,75 @@ def _tries(module: nn.Module, pairs: Sequence[tuple[int, int]]) -> Iterator[Chan
     yield from chain(joint, single) if len({old for old, _ in pairs}) < len(pairs) else chain(single, joint)
 
 
+def _aligned(
+    module: nn.Module, graph: Graph, predicted: Predicted, node: Node, read: Iterable[str] | None = None
+) -> Iterator[Change]:
+    """Yield changes of attributes that hold the sizes of all outputs of an op, as the sizes of a split do, in order."""
+    numbers = [number for number in node.outputs if number is not None]
+    shapes = [(graph.values[number].shape, predicted[number]) for number in numbers]
+    rows = {tuple(zip(*row, strict=True)) for row in zip(*(zip(*pair, strict=True) for pair in shapes), strict=False)}
+    for name in vars(module):
+        old = sizes_of(module, name)
+        if old is None or len(old) < 2 or (read is not None and name not in read):
+            continue
+        yield from (((name, new),) for before, new in sorted(rows) if before == old != new)
+
+
 def _pairs_at(graph: Graph, predicted: Predicted, hints: Hints, at: int) -> list[tuple[int, int]]:
     return _differing(hints.get(at, ())) or _changes(graph, predicted, graph.nodes[at])
 
 
 def _candidates(
-    model: nn.Module, graph: Graph, predicted: Predicted, hints: Hints, at: int
-) -> Iterator[tuple[str, Change]]:
-    """Yield changes that may let node `at` do what is predicted, the most likely first."""
+    model: nn.Module, graph: Graph, predicted: Predicted, hints: Hints, at: int, reads: Reads
+) -> Iterator[tuple[str, Change, Source]]:
+    """Yield changes that may let node `at` do what is predicted, the most likely first and each once.
+
+    With each comes the path of the module, and where the sizes were found. Modules inside are asked for what was read
+    of them, since a forward may call their methods.
+    """
     node, here = graph.nodes[at], _pairs_at(graph, predicted, hints, at)
-    for path in _parents(node.module):
-        yield from ((path, change) for change in _tries(model.get_submodule(path), here))
-    for path in _parents(node.module):
-        prefix = f"{path}." if path else ""
-        inside = [other for other in graph.nodes if other.module == path or other.module.startswith(prefix)]
-        pairs = dict.fromkeys(pair for other in inside for pair in _changes(graph, predicted, other))
-        yield from ((path, change) for change in _tries(model.get_submodule(path), list(pairs)))
+    seen: set[tuple[str, Change]] = set()
+    inner = [path for path in reads if path.startswith(f"{node.module}." if node.module else "") and path]
+    for source, path in product(_SOURCES, (*_parents(node.module), *inner)):
+        module, read = model.get_submodule(path), reads.get(path)
+        if not _has_sizes(module, read):
+            continue
+        pairs = here
+        if source != "op":
+            around = node.module if path in inner else path
+            prefix = f"{around}." if around else ""
+            inside = [other for other in graph.nodes if other.module == around or other.module.startswith(prefix)]
+            pairs = list(dict.fromkeys(pair for other in inside for pair in _changes(graph, predicted, other)))
+        if source == "multiple":
+            pairs = _multiples(module, pairs, read)
+        for change in chain(_aligned(module, graph, predicted, node, read), _tries(module, pairs, read)):
+            if (path, change) not in seen:
+                seen.add((path, change))
+                yield path, change, source
+
+
+def _has_sizes(module: nn.Module, read: Iterable[str] | None) -> bool:
+    return any(
+        name != "training" and sizes_of(module, name) for name in vars(module) if read is None or name in set(read)
+    )
+
+
+def _multiples(
+    module: nn.Module, pairs: Iterable[tuple[int, int]], read: Iterable[str] | None
+) -> list[tuple[int, int]]:
+    """Give the sizes of a module that a changed size is a multiple of, or which are one of it, with their new values.
+
+    Heads, for one, may show only times the images of the batch or times their width.
+    """
+    names = (name for name in vars(module) if name != "training" and (read is None or name in read))
+    sizes = {size for name in names for size in sizes_of(module, name) or () if size > 1}
+    found = (
+        (size, new * size // old)
+        for old, new in pairs
+        for size in sorted(sizes)
+        if old > 1 and (old % size == 0 or size % old == 0) and new * size % old == 0
+    )
+    return list(dict.fromkeys(found))
 
 
 def _set(model: nn.Module, changes: Mapping[str, Change]) -> dict[str, Change]:
@@ -259,8 +219,13 @@ def _set(model: nn.Module, changes: Mapping[str, Change]) -> dict[str, Change]:
 
 
 def follow(
-    model: nn.Module, example_input: Any, graph: Graph, predicted: Predicted, hints: Hints
-) -> dict[str, dict[str, int | tuple[int, ...]]]:
+    model: nn.Module,
+    example_input: Any,
+    graph: Graph,
+    predicted: Predicted,
+    hints: Hints,
+    likely: Attributes | None = None,
+) -> Attributes:
     """Change the hard-coded sizes of a cut model, in place, until it runs as predicted.
 
     Args:
@@ -269,59 +234,130 @@ def follow(
         graph: The original's recorded run.
         predicted: The shape of every value of `graph` in the slim network.
         hints: Integer arguments that must change where no shape tells.
+        likely: What was found for much the same widths; it saves runs where it still holds.
 
     Returns:
-        Module path → attribute → its new value.
+        What was changed.
 
     Raises:
         CannotFollow: No change of an attribute gets past an op.
     """
-    found: dict[str, dict[str, int | tuple[int, ...]]] = {}
-
-    def advance(changes: Mapping[str, Change], stuck: _Diverged) -> _Diverged | None:
-        """Keep changes if the run gets further; return where it is stuck then."""
-        before = _set(model, changes)
-        now = divergence(model, example_input, graph, predicted, hints)
-        if now is not None and now.index <= stuck.index:
-            _set(model, before)
-            return stuck
-        for path, change in changes.items():
-            found.setdefault(path, {}).update(change)
-        return now
-
-    stuck = divergence(model, example_input, graph, predicted, hints)
-    while stuck is not None:
-        at = stuck
-        for path, change in islice(_candidates(model, graph, predicted, hints, at.index), _ATTEMPTS):
-            stuck = advance({path: change}, at)
-            if stuck is not at:
+    pursuit = _Pursuit(model, example_input, graph, predicted, hints)
+    if likely and pursuit.stuck is not None:
+        pursuit.advance(dict(_still_possible(model, graph, predicted, likely)), others=True)
+    likewise: dict[str, Change] = {}
+    while (stuck := pursuit.stuck) is not None:
+        candidates = _candidates(model, graph, predicted, hints, stuck.index, pursuit.reads)
+        for candidate in islice(candidates, _ATTEMPTS):
+            if pursuit.advance(dict([candidate[:2]])):
                 break
         else:
-            raise CannotFollow(graph.nodes[at.index].module, at.detail)
-        likewise = _like(model, graph, predicted, hints, path, change, at.index)
-        if stuck is not None and likewise:
-            stuck = advance(likewise, stuck)
-    return found
+            raise CannotFollow(graph.nodes[stuck.index].module, stuck.detail, stuck.index, pursuit.found)
+        for other, alike in _like(model, graph, predicted, hints, stuck.index, candidate).items():
+            likewise[other] = (*likewise.get(other, ()), *alike)
+        if pursuit.stuck is not None and likewise and pursuit.advance(likewise, others=True):
+            likewise = {path: alike for path, alike in likewise.items() if path not in pursuit.found}
+    return pursuit.found
+
+
+def _still_possible(
+    model: nn.Module, graph: Graph, predicted: Predicted, likely: Attributes
+) -> Iterator[tuple[str, Change]]:
+    """Yield the changes whose new sizes are found in their modules, with these widths too."""
+    pairs: dict[str, set[tuple[int, int]]] = {path: set() for path in likely}
+    for node in graph.nodes:
+        for path in _parents(node.module):
+            if path in pairs:
+                pairs[path].update(_changes(graph, predicted, node))
+    for path, values in likely.items():
+        module = model.get_submodule(path)
+        news = [(size, new) for name in values for size, new in _sizes_and(module, name, values[name]) if size != new]
+        if pairs[path].issuperset(news):
+            yield path, tuple(values.items())
+
+
+def _sizes_and(module: nn.Module, name: str, new: int | tuple[int, ...]) -> list[tuple[int, int]]:
+    return list(zip(sizes_of(module, name) or (), (new,) if isinstance(new, int) else new, strict=True))
+
+
+class _Pursuit:
+    """A cut model whose attributes change until it runs as predicted.
+
+    Attributes:
+        stuck: Where it departs from the prediction now.
+        reads: The attributes that it read by then.
+        found: Module path → attribute → the new value that was needed.
+    """
+
+    def __init__(self, model: nn.Module, example_input: Any, graph: Graph, predicted: Predicted, hints: Hints) -> None:
+        self.model, self._graph = model, graph
+        self._arguments = model, example_input, graph, predicted, hints
+        self._can_be_spied_on = not reads_values(graph)  # else a copy runs
+        self.found: dict[str, dict[str, int | tuple[int, ...]]] = {}
+        self.stuck, self.reads = self._run()
+
+    def _run(self) -> tuple[Divergence | None, Reads]:
+        with _spied(self.model, self._can_be_spied_on) as reads:
+            return divergence(*self._arguments), reads
+
+    def advance(self, changes: Mapping[str, Change], others: bool = False) -> bool:
+        """Make changes and keep them if the run gets further; say whether it does.
+
+        Changes in other modules than the one that is stuck were not asked for: where the run gets stuck in one of
+        those, only what it needed on the way there is kept.
+        """
+        assert self.stuck is not None
+        if not changes:
+            return False
+        before = _set(self.model, changes)
+        now, reads = self._run()
+        if now is not None and now.index <= self.stuck.index:
+            _set(self.model, before)
+            return False
+        culprit = self._graph.nodes[now.index].module if others and now is not None else None
+        if now is not None and culprit in changes:
+            _set(self.model, before)
+            passed = {node.module for node in self._graph.nodes[: now.index]} - {culprit}
+            return self.advance({path: change for path, change in changes.items() if path in passed}, others=True)
+        for path, change in changes.items():
+            self.found.setdefault(path, {}).update(change)
+        self.stuck, self.reads = now, reads
+        return True
 
 
 def _like(
-    model: nn.Module, graph: Graph, predicted: Predicted, hints: Hints, path: str, change: Change, at: int
+    model: nn.Module,
+    graph: Graph,
+    predicted: Predicted,
+    hints: Hints,
+    at: int,
+    helped: tuple[str, Change, Source],
 ) -> dict[str, Change]:
     """Propose a change that helped at node `at` for every later module of the class, where one new value is possible.
 
     A deep network repeats one block many times; this saves a run for each.
     """
+    path, change, source = helped
     kind, names = type(model.get_submodule(path)), {name for name, _ in change}
     proposals: dict[str, Change] = {}
-    for later in range(at + 1, len(graph.nodes)):
-        other = graph.nodes[later].module
-        if other == path or other in proposals or graph.nodes[later].op is not graph.nodes[at].op:
-            continue
-        module = model.get_submodule(other)
-        if type(module) is not kind:
-            continue
-        tries = _tries(module, _pairs_at(graph, predicted, hints, later))
+    pairs_in: dict[str, dict[tuple[int, int], None]] = {}
+
+    def propose(other: str, tries: Iterable[Change]) -> None:
         options = [tried for tried in tries if {name for name, _ in tried} == names]
         if len(options) == 1:
             proposals[other] = options[0]
+
+    for later in range(at + 1, len(graph.nodes)):
+        node = graph.nodes[later]
+        module = model.get_submodule(node.module)
+        if node.module == path or node.module in proposals or type(module) is not kind:
+            continue
+        if source != "op":
+            pairs_in.setdefault(node.module, {}).update(dict.fromkeys(_changes(graph, predicted, node)))
+        elif node.op is graph.nodes[at].op:
+            aligned = list(_aligned(module, graph, predicted, node))
+            propose(node.module, aligned or _tries(module, _pairs_at(graph, predicted, hints, later)))
+    for other, pairs in pairs_in.items():
+        module = model.get_submodule(other)
+        propose(other, _tries(module, list(pairs) if source == "module" else _multiples(module, pairs, names)))
     return proposals

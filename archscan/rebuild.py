@@ -16,9 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from archscan.capture import capture
+from archscan.capture import record_once
+from archscan.divergence import Hints, Predicted, divergence, reads_values
 from archscan.errors import BadInput, RebuildMismatch
-from archscan.follow import CannotFollow, Hints, Predicted, divergence, follow
+from archscan.follow import Attributes, CannotFollow, follow
+from archscan.graph import Graph
 from archscan.groups import Coupling
 from archscan.surgery import Cut, Kept, Surgery, kept_units, named_tensors, set_sizes, surgery_for
 
@@ -183,15 +185,16 @@ def apply(model: nn.Module, surgery: Surgery) -> nn.Module:
     return result
 
 
-def _check_training(original: nn.Module, model: nn.Module, example_input: Any, batch_size: int) -> None:
+def _check_training(original: nn.Module, model: nn.Module, example_input: Any, recorded: Graph) -> None:
     """See that the slim network runs in train mode too, in which auxiliary heads run."""
+    batch_size = recorded.batch_size
     try:
-        capture(model, example_input, training=True, batch_size=batch_size)
+        record_once(model, example_input, training=True, batch_size=batch_size)
     except BadInput as error:
-        graph = capture(original, example_input, training=True, batch_size=batch_size)
+        graph = record_once(original, example_input, training=True, batch_size=batch_size)
         stuck = divergence(model, example_input, graph, None, {})
         module = graph.nodes[stuck.index].module if stuck else ""
-        raise CannotFollow(module, stuck.detail if stuck else str(error)) from error
+        raise CannotFollow(module, stuck.detail if stuck else str(error), len(recorded.nodes)) from error
 
 
 def predict(coupling: Coupling, kept: Kept) -> tuple[Predicted | None, Hints]:
@@ -233,10 +236,34 @@ def rebuild(model: nn.Module, example_input: Any, coupling: Coupling, kept: Kept
         CannotFollow: A forward hard-codes a size out of reach.
         RebuildMismatch: A tensor would lose everything, or would become ragged.
     """
+    surgery = rehearsed(hollow(model, coupling.graph), example_input, coupling, kept)
+    return Rebuilt(apply(model, surgery), surgery)
+
+
+def hollow(model: nn.Module, graph: Graph | None) -> nn.Module:
+    """Copy a model onto the meta device, where cutting and running it costs nothing.
+
+    A model whose forward reads values is returned as it is: it cannot run there.
+    """
+    if graph is None or reads_values(graph):
+        return model
+    empty: dict[int, Any] = {}
+    for _, tensor in named_tensors(model):
+        bare = torch.empty_like(tensor, device="meta")
+        is_parameter = isinstance(tensor, nn.Parameter)
+        empty[id(tensor)] = nn.Parameter(bare, tensor.requires_grad) if is_parameter else bare
+    return copy.deepcopy(model, empty)
+
+
+def rehearsed(
+    model: nn.Module, example_input: Any, coupling: Coupling, kept: Kept, likely: Attributes | None = None
+) -> Surgery:
+    """Find all that `rebuild` has to do, with attributes, on a model that may be `hollow`; raises what it raises."""
     surgery = surgery_for(coupling, kept)
-    slim = apply(model, surgery)
     predicted, hints = predict(coupling, kept)
-    if coupling.graph is not None and predicted is not None:
-        surgery = replace(surgery, attributes=follow(slim, example_input, coupling.graph, predicted, hints))
-        _check_training(model, slim, example_input, coupling.graph.batch_size)
-    return Rebuilt(slim, surgery)
+    if coupling.graph is None or predicted is None:
+        return surgery
+    slim = apply(model, surgery)
+    attributes = follow(slim, example_input, coupling.graph, predicted, hints, likely)
+    _check_training(model, slim, example_input, coupling.graph)
+    return replace(surgery, attributes=attributes)

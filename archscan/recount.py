@@ -8,7 +8,7 @@ finished network is recorded anew and counted by the table that priced it; this 
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -30,10 +30,22 @@ class Recount:
     Attributes:
         macs: The number; one multiply-accumulate is one MAC.
         by: Who counted.
+        added: Functions that fvcore knows nothing of, and their share of the MACs, by rules given to it here.
     """
 
     macs: int
     by: Literal["fvcore", "archscan"]
+    added: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user has to know about this count, a sentence each."""
+        if self.by == "archscan":
+            return ("fvcore cannot trace this network; archscan counted the MACs of the slim one a second time.",)
+        return tuple(
+            f"fvcore does not count {name}; its {macs:,} MACs in the slim network are counted by a rule of archscan's."
+            for name, macs in self.added.items()
+        )
 
 
 class _Positional(nn.Module):
@@ -58,16 +70,23 @@ def recount(model: nn.Module, example_input: Any) -> Recount:
     Raises:
         BadInput: The model cannot take the input.
     """
-    macs = fvcore_macs(model, example_input)
-    if macs is not None:
-        return Recount(macs, "fvcore")
+    counts = fvcore_counts(model, example_input)
+    if counts is not None:
+        added = {name: counts[name] for name in counts if name in _ADDED.values()}
+        return Recount(sum(counts.values()), "fvcore", added)
     graph = capture(model, example_input)
     none = np.zeros(0, dtype=np.int64)
     return Recount(cost_model(graph, constant_sizes(graph), {}, none).evaluate("macs", none), "archscan")
 
 
 def fvcore_macs(model: nn.Module, example_input: Any) -> int | None:
-    """Count with fvcore; None where it cannot trace the model."""
+    """Count with fvcore, and with rules for what it misses; None where it cannot trace the model."""
+    counts = fvcore_counts(model, example_input)
+    return None if counts is None else sum(counts.values())
+
+
+def fvcore_counts(model: nn.Module, example_input: Any) -> dict[str, int] | None:
+    """Count as `fvcore_macs` does, by operator."""
     device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
     inputs = tree_map(lambda leaf: _first_sample(leaf).to(device) if isinstance(leaf, Tensor) else leaf, example_input)
     if isinstance(inputs, Mapping):
@@ -79,11 +98,26 @@ def fvcore_macs(model: nn.Module, example_input: Any) -> int | None:
 
         analysis = FlopCountAnalysis(model, args)
         analysis.set_op_handle("aten::_convolution_mode", _padded_convolution)
+        analysis.set_op_handle("aten::scaled_dot_product_attention", _attention)
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
         try:
-            return int(analysis.total())
+            return {_ADDED.get(name, name): int(count) for name, count in analysis.by_operator().items()}
         except _NOT_TRACEABLE:
             return None
+
+
+_ADDED = {
+    "_padded_convolution": "a convolution padded by name",
+    "_convolution_mode": "a convolution padded by name",
+    "scaled_dot_product_attention": "scaled_dot_product_attention",
+}
+"""Operators as fvcore names those with a rule of ours → how a message names them."""
+
+
+def _attention(inputs: list[Any], _outputs: list[Any]) -> int:
+    """Count the two products of an attention: queries with keys, and what comes of it with values."""
+    query, key, value = (value.type().sizes() for value in inputs[:3])
+    return math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
 
 def _padded_convolution(inputs: list[Any], outputs: list[Any]) -> int:

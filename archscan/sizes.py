@@ -1,6 +1,6 @@
 """Sizes of tensors as functions of the channel groups' widths: label planes + owners of labels → `Size` per axis."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,6 +65,10 @@ class Owners:
             else:
                 constant += int(counts[index])
         return Size(constant, per_step)
+
+
+SizeOfValue = Callable[[int], tuple[Size, ...]]
+"""Value number of a `Graph` → the size of each axis."""
 
 
 class ValueSizes:

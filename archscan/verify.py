@@ -6,13 +6,14 @@ and producers keep their values in the reference, so an index that is off by one
 
 The decision that is not obvious: the comparison is made twice, on the network as it is and on a copy whose
 normalisation statistics, affine parameters, biases and layer scales are random, because a freshly initialised or a
-sparsely trained network is full of zeros and ones that hide a wrong index.
+sparsely trained network is full of zeros and ones that hide a wrong index. Where statistics are taken over channels,
+both networks are given the same ones (see `same_statistics`).
 """
 
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from archscan.capture import split_input, train_mode
 from archscan.errors import RebuildMismatch
 from archscan.groups import Coupling
 from archscan.rebuild import apply
+from archscan.same_statistics import Played, run_with_same_statistics
 from archscan.surgery import Kept, Surgery, kept_units, named_tensors
 
 TOLERANCE: Mapping[torch.dtype, float] = {torch.float64: 1e-9, torch.float32: 1e-3}
@@ -31,18 +33,27 @@ TOLERANCE: Mapping[torch.dtype, float] = {torch.float64: 1e-9, torch.float32: 1e
 FLOAT64_PARAMETERS = 100_000_000
 """Networks with more parameters than this are compared in float32, to save memory."""
 
+LEAST_EFFECT = 1e-5
+"""A proof says little where all that was removed would have changed the outputs by less than this fraction."""
+
+Proof = Literal["masked original", "same statistics", "sanity"]
+"""How a network was verified: against the masked original; against it, both with the same statistics over channels; or
+by shapes, finiteness and a training step only."""
+
 
 @dataclass(frozen=True)
 class Verification:
     """What the comparison of the slim network with the masked original found.
 
     Attributes:
-        applicable: Whether the two must be equal; they need not be where a normalisation mixes channels.
-        reason: Why it does not apply, or what failed; empty where all is well.
+        applicable: Whether the two were compared; where a normalisation mixes channels in a way that cannot be played
+            back, they are not.
+        reason: Why they were not, on what condition they were, or what failed; empty where there is nothing to say.
         max_abs_error: Largest absolute difference of any output; None where it does not apply.
         tolerance: The largest difference that passes, in units of the output; None where it does not apply.
         dtype: The arithmetic of the comparison, ``float64`` or ``float32``.
         passed: Whether the slim network is right, as far as could be seen.
+        proof: What was done.
     """
 
     applicable: bool
@@ -51,6 +62,7 @@ class Verification:
     tolerance: float | None
     dtype: str
     passed: bool
+    proof: Proof = "masked original"
 
 
 def output_tensors(output: Any) -> list[Tensor]:
@@ -162,41 +174,84 @@ def _run(model: nn.Module, inputs: Any) -> list[Tensor]:
         return output_tensors(model(*args, **kwargs))
 
 
-def _run_in(model: nn.Module, inputs: Any, dtype: torch.dtype) -> list[Tensor]:
-    """Run a model, or a copy in another arithmetic; integer inputs and tensors stay as they are."""
+def _in_arithmetic(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Give a model, or a copy in another arithmetic; integers stay as they are."""
     if any(tensor.is_floating_point() and tensor.dtype != dtype for _, tensor in named_tensors(model)):
-        model = copy.deepcopy(model).to(dtype)
-    return _run(model, _convert(inputs, dtype))
+        return copy.deepcopy(model).to(dtype)
+    return model
 
 
-def _run_both(reference: nn.Module, rebuilt: nn.Module, inputs: Any) -> tuple[list[Tensor], list[Tensor], torch.dtype]:
-    """Run two models in float64 where that can be afforded and every op of theirs can do it, else in float32."""
-    parameters = sum(parameter.numel() for parameter in reference.parameters())
-    devices = {tensor.device.type for tensor in reference.parameters()}
-    if parameters <= FLOAT64_PARAMETERS and "mps" not in devices:
-        try:
-            expected = _run_in(reference, inputs, torch.float64)
-        except (RuntimeError, NotImplementedError):  # a forward that casts to float32 somewhere, or no memory
-            expected = []
-        if expected:
-            return expected, _run_in(rebuilt, inputs, torch.float64), torch.float64
-    return _run_in(reference, inputs, torch.float32), _run_in(rebuilt, inputs, torch.float32), torch.float32
+@dataclass(frozen=True, eq=False)
+class _Pair:
+    """The networks of one comparison; `masked` is nobody else's, so that it may be converted in place."""
+
+    original: nn.Module
+    masked: nn.Module
+    slim: nn.Module
+    coupling: Coupling
+
+    def play(self, inputs: Any, dtype: torch.dtype, effect: bool) -> Played | None:
+        """Run masked original and slim network, with the same statistics where the coupling says that channels mix."""
+        slim, converted = _in_arithmetic(self.slim, dtype), _convert(inputs, dtype)
+        masked = self.masked.to(dtype)
+
+        def run(model: nn.Module) -> list[Tensor]:
+            return _run(model, converted)
+
+        if not self.coupling.mixing:
+            return Played(run(masked), run(slim), [], 0, 0)
+        original = _in_arithmetic(self.original, dtype) if effect else None
+        return run_with_same_statistics(masked, slim, self.coupling, run, original)
+
+    def play_at_best(self, inputs: Any, effect: bool) -> tuple[Played | None, torch.dtype]:
+        """Do so in float64 where that can be afforded and every op can do it, else in float32."""
+        parameters = sum(parameter.numel() for parameter in self.masked.parameters())
+        devices = {tensor.device.type for tensor in self.masked.parameters()}
+        if parameters <= FLOAT64_PARAMETERS and "mps" not in devices:
+            try:
+                return self.play(inputs, torch.float64, effect), torch.float64
+            except (RuntimeError, NotImplementedError):  # a forward that casts to float32 somewhere, or no memory
+                pass
+        return self.play(inputs, torch.float32, effect), torch.float32
 
 
-def _compare(expected: list[Tensor], found: list[Tensor], dtype: torch.dtype, tolerance: float | None) -> Verification:
+def _compare(played: Played, dtype: torch.dtype, tolerance: float | None) -> Verification:
     relative = TOLERANCE[dtype] if tolerance is None else tolerance
     name = str(dtype).removeprefix("torch.")
+    expected, found = played.expected, played.found
     if [tensor.shape for tensor in expected] != [tensor.shape for tensor in found]:
         return Verification(True, "the outputs have other shapes", None, None, name, False)
-    scale = max((float(tensor.abs().max()) for tensor in expected if tensor.numel()), default=0.0)
-    pairs = [(a.double(), b.double()) for a, b in zip(expected, found, strict=True) if a.numel()]
-    if not all(bool(a.isfinite().all()) and bool(b.isfinite().all()) for a, b in pairs):
+    if not all(bool(tensor.isfinite().all()) for tensor in (*expected, *found)):
         return Verification(True, "an output is not finite", None, None, name, False)
-    error = max((float((a - b).abs().max()) for a, b in pairs), default=0.0)
-    allowed = relative * scale
+    error, allowed = _difference(expected, found), relative * _largest(expected)
     passed = error <= allowed
     reason = "" if passed else f"the outputs differ by {error:.3g} where rounding explains {allowed:.3g}"
     return Verification(True, reason, error, allowed, name, passed)
+
+
+def _largest(tensors: list[Tensor]) -> float:
+    return max((float(tensor.abs().max()) for tensor in tensors if tensor.numel()), default=0.0)
+
+
+def _difference(expected: list[Tensor], found: list[Tensor]) -> float:
+    pairs = [(a.double(), b.double()) for a, b in zip(expected, found, strict=True) if a.numel()]
+    return max((float((a - b).abs().max()) for a, b in pairs), default=0.0)
+
+
+def _with_statistics(found: Verification, played: Played, coupling: Coupling) -> Verification:
+    """Say on what condition the networks were compared, and whether that proves anything."""
+    found = replace(found, proof="same statistics")
+    if not found.passed:
+        return found
+    reason = f"with the original's statistics over channels ({_places(coupling)})"
+    effect = _difference(played.expected, played.unmasked) if played.unmasked else None
+    if effect is not None and effect < LEAST_EFFECT * _largest(played.expected):
+        reason += f", which says little, since all that was removed would change the outputs by {effect:.1e} only"
+    return replace(found, reason=reason)
+
+
+def _places(coupling: Coupling) -> str:
+    return ", ".join(coupling.mixing[:3]) + (" …" if len(coupling.mixing) > 3 else "")
 
 
 def _check_sanity(original: nn.Module, rebuilt: nn.Module, inputs: Any, why: str) -> Verification:
@@ -210,14 +265,19 @@ def _check_sanity(original: nn.Module, rebuilt: nn.Module, inputs: Any, why: str
     else:
         problem = _training_problem(rebuilt, inputs)
     name = str(next((tensor.dtype for tensor in found), torch.float32)).removeprefix("torch.")
-    return Verification(False, f"{why}; {problem}" if problem else why, None, None, name, not problem)
+    return Verification(False, f"{why}; {problem}" if problem else why, None, None, name, not problem, "sanity")
+
+
+def _at_batch_of_two(inputs: Any) -> Any:
+    return tree_map(
+        lambda leaf: torch.cat([leaf, leaf])[:2] if isinstance(leaf, Tensor) and leaf.ndim else leaf, inputs
+    )
 
 
 def _training_problem(model: nn.Module, inputs: Any) -> str:
     """Take one backward pass in train mode, on a copy and a batch of two; say what is wrong with it."""
     learner = copy.deepcopy(model).train()
-    two = tree_map(lambda leaf: torch.cat([leaf, leaf])[:2] if isinstance(leaf, Tensor) and leaf.ndim else leaf, inputs)
-    args, kwargs = split_input(two)
+    args, kwargs = split_input(_at_batch_of_two(inputs))
     with torch.random.fork_rng(), torch.enable_grad():
         outputs = [tensor for tensor in output_tensors(learner(*args, **kwargs)) if tensor.requires_grad]
         if not outputs:
@@ -250,14 +310,30 @@ def verify(
             arithmetic that was used.
 
     Returns:
-        Where statistics are taken over channels, ``applicable`` is False and the outputs' shapes, finiteness and one
-        training step have been checked instead.
+        What was found. Where statistics are taken over channels, both networks are given those of the masked original;
+        where they cannot be, ``applicable`` is False and the outputs' shapes, finiteness and one training step have
+        been checked instead.
     """
-    if coupling.mixing:
-        places = ", ".join(coupling.mixing[:3]) + (" …" if len(coupling.mixing) > 3 else "")
-        return _check_sanity(original, rebuilt, inputs, f"statistics are taken over channels ({places})")
-    expected, found, dtype = _run_both(masked_original(original, coupling, kept), rebuilt, inputs)
-    return _compare(expected, found, dtype, tolerance)
+    pair = _Pair(original, masked_original(original, coupling, kept), rebuilt, coupling)
+    return _verify(pair, inputs, tolerance, effect=False)
+
+
+def _verify(pair: _Pair, inputs: Any, tolerance: float | None, effect: bool) -> Verification:
+    try:
+        return _verify_on(pair, inputs, tolerance, effect)
+    except ValueError:  # a normalisation refuses single values, which a batch of one gives it at small inputs
+        found = _verify_on(pair, _at_batch_of_two(inputs), tolerance, effect)
+        how = "at a batch of two, since one of the networks cannot normalise the single values of a batch of one"
+        return replace(found, reason="; ".join(part for part in (found.reason, how) if part))
+
+
+def _verify_on(pair: _Pair, inputs: Any, tolerance: float | None, effect: bool) -> Verification:
+    played, dtype = pair.play_at_best(inputs, effect)
+    if played is None:
+        why = f"statistics are taken over channels ({_places(pair.coupling)})"
+        return _check_sanity(pair.original, pair.slim, inputs, why)
+    found = _compare(played, dtype, tolerance)
+    return _with_statistics(found, played, pair.coupling) if pair.coupling.mixing else found
 
 
 def prove(
@@ -285,10 +361,12 @@ def prove(
     if not plain.applicable or not plain.passed:
         return plain
     random = randomize(original, seed)
-    structure = verify(random, apply(random, surgery), coupling, kept, inputs)
+    pair = _Pair(random, masked_original(random, coupling, kept), apply(random, surgery), coupling)
+    structure = _verify(pair, inputs, None, effect=True)
     if not structure.passed:
         return replace(structure, reason=f"with randomised normalisation, {structure.reason}")
-    return max(plain, structure, key=lambda found: (found.max_abs_error or 0.0) / (found.tolerance or 1.0))
+    worse = max(plain, structure, key=lambda found: (found.max_abs_error or 0.0) / (found.tolerance or 1.0))
+    return replace(worse, reason=structure.reason) if structure.applicable else plain
 
 
 def check_price(rebuilt: nn.Module, *, counted_macs: int, predicted_macs: int, predicted_params: int) -> None:

@@ -1,7 +1,11 @@
-"""Which networks the coverage sweep opens, and which it leaves out, each with its reason."""
+"""Which networks the coverage sweep opens, in which order, and which it leaves out, each with its reason."""
 
 import fnmatch
-from collections.abc import Mapping
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain, zip_longest
+from pathlib import Path
 
 TRANSFORMER = "a transformer: {} of its MACs are convolutions, {}"
 EXCLUDED: Mapping[str, str] = {
@@ -49,8 +53,16 @@ _SLICE = """
     tiny_vit_5m_224 tresnet_m vgg11 visformer_tiny vit_tiny_r_s16_p8_224 vitamin_small_224 volo_d1_224
     ese_vovnet19b_slim_dw legacy_xception xception41p
 """
-SLICE: tuple[str, ...] = tuple(f"timm:{name}" for name in _SLICE.split())
-"""The smallest network of each timm module that is swept."""
+_TORCHVISION_SLICE = """
+    squeezenet1_1 shufflenet_v2_x0_5 googlenet mnasnet0_5 r2plus1d_18 s3d lraspp_mobilenet_v3_large
+    deeplabv3_mobilenet_v3_large ssdlite320_mobilenet_v3_large fasterrcnn_mobilenet_v3_large_320_fpn
+    retinanet_resnet50_fpn
+"""
+SLICE: tuple[str, ...] = (
+    *(f"timm:{name}" for name in _SLICE.split()),
+    *(f"torchvision:{name}" for name in _TORCHVISION_SLICE.split()),
+)
+"""The smallest network of each timm module that is swept, and of each task of torchvision."""
 
 _TORCHVISION_OUT = {
     "vit_*": "a transformer",
@@ -105,3 +117,41 @@ def list_networks(source: str, match: str) -> tuple[list[str], dict[str, str]]:
             else:
                 found.append(f"torchvision:{name}")
     return [network for network in found if fnmatch.fnmatchcase(network.partition(":")[2], match)], left_out
+
+
+def count_parameters(networks: Iterable[str], table: Path) -> dict[str, int]:
+    """Count the parameters of networks, without memory for them; what has been counted before is read from a file.
+
+    Args:
+        networks: Such as ``timm:resnet18``.
+        table: JSON of earlier counts, to which new ones are added.
+    """
+    known: dict[str, int] = json.loads(table.read_text(encoding="utf-8")) if table.is_file() else {}
+    missing = [network for network in networks if network not in known]
+    if missing:
+        known |= {network: _parameters(network) for network in missing}
+        text = json.dumps(dict(sorted(known.items())), indent=0)
+        table.write_text(f"{text}\n", encoding="utf-8")
+    return known
+
+
+def _parameters(network: str) -> int:
+    import torch
+    from coverage_subjects import build
+    from torchvision.models import get_model_weights
+
+    source, _, name = network.partition(":")
+    if source == "torchvision":
+        weights = next(iter(get_model_weights(name)), None)
+        if weights is not None:
+            return int(weights.meta["num_params"])
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in build(network)[0].parameters())
+
+
+def in_order(networks: Sequence[str], parameters: Mapping[str, int]) -> list[str]:
+    """Order networks so that a sweep that is interrupted has seen most: modules take turns, small networks first."""
+    by_module: dict[str, list[str]] = defaultdict(list)
+    for network in sorted(networks, key=lambda network: (parameters[network], network)):
+        by_module[module_of(network)].append(network)
+    return [network for network in chain.from_iterable(zip_longest(*by_module.values())) if network is not None]

@@ -8,12 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from archscan.capture import capture
 from archscan.costs import CostModel, Size, constant_sizes, cost_model
 from archscan.errors import BadInput, UnsupportedOp
 from archscan.mac_table import IGNORED, MAC_HANDLES, register
+from archscan.recount import recount
 
 with warnings.catch_warnings():
     warnings.simplefilter(
@@ -251,14 +253,35 @@ def test_costs_grow_with_every_width():
         assert SLIM_COSTS.evaluate(kind, narrower) < SLIM_COSTS.evaluate(kind, full)
 
 
-def test_attention_and_unknown_ops_are_listed_as_uncounted():
-    def forward(x, w):
-        tokens = x.flatten(2).transpose(1, 2)
-        mixed = F.scaled_dot_product_attention(tokens, tokens, tokens)
-        return mixed + torch.fft.rfft(tokens).abs().sum()
+def attend(x, w):
+    """Attention whose values are wider than its queries and keys, over twice as many queries as keys."""
+    tokens = x.flatten(2).transpose(1, 2)
+    return F.scaled_dot_product_attention(
+        tokens[:, :, :4] @ w[:4], tokens[:, ::2] @ w, torch.cat([tokens] * 2, 2)[:, ::2]
+    )
 
-    uncounted = count_as_is(Calls(forward).eval(), torch.ones(1, 6, 8, 8)).uncounted
-    assert uncounted == ("scaled_dot_product_attention", "aten::_fft_r2c")
+
+def test_unknown_ops_are_listed_as_uncounted():
+    costs = count_as_is(Calls(lambda x, w: torch.fft.rfft(attend(x, w)).abs()).eval(), torch.ones(1, 6, 8, 8))
+    assert (costs.uncounted, costs.missed_by_fvcore) == (("aten::_fft_r2c",), ("scaled_dot_product_attention",))
+
+
+def test_attention_is_counted_where_fvcore_misses_it():
+    model, x = Calls(attend).eval(), torch.ones(1, 6, 8, 8)
+    products = 64 * 32 * 6 + 64 * 32 * 12
+    costs, counted = count_as_is(model, x), recount(model, x)
+    assert counted.added == {"scaled_dot_product_attention": products}
+    assert f"{products:,} MACs" in counted.notes[0]
+    assert costs.evaluate("macs", NO_WIDTHS) == counted.macs == fvcore_total(model, x) + products
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(x)
+    assert counter.get_total_flops() == 2 * counted.macs
+    assert costs.evaluate("activations", NO_WIDTHS) == fvcore_total(model, x, ActivationCountAnalysis)
+
+
+def test_products_between_the_samples_of_a_batch_are_priced_at_one_sample():
+    model, x = Calls(lambda x, w: (rows := x.flatten(1)) @ rows.t() @ rows), torch.ones(1, 6, 8, 8)
+    assert count_as_is(model, x).evaluate("macs", NO_WIDTHS) == fvcore_total(model, x) == 2 * 384
 
 
 def test_no_op_is_both_free_and_counted():

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 import archscan  # noqa: F401 - before anything that may import torchvision
 from archscan.capture import capture
+from archscan.divergence import divergence
 from archscan.follow import CannotFollow, follow
 from archscan.groups import couple
 from archscan.rebuild import apply, predict, rebuild
@@ -152,6 +153,81 @@ def test_number_in_the_code_is_reported_with_its_module() -> None:
     with pytest.raises(CannotFollow, match="the forward of 1 cannot run") as caught:
         follow(slim, x, graph, predicted, {})
     assert caught.value.module == "1"
+
+
+class ThreeParts(nn.Module):
+    """A split by one list of sizes, the first two equal: the width of either may change alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.first, self.second = nn.Conv2d(3, 9, 1), nn.Conv2d(4, 2, 1), nn.Conv2d(4, 2, 1)
+        self.parts, self.unread = [4, 4, 1], 4
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second, gate = torch.split(self.stem(x), self.parts, 1)
+        return (self.first(first) + self.second(second)) * gate
+
+
+@pytest.mark.parametrize("widths", [(3, 4), (4, 3), (2, 3), (3, 3)])
+def test_of_equal_sizes_in_one_attribute_some_may_stay(widths: tuple[int, int]) -> None:
+    model, x = ThreeParts(), torch.randn(2, 3, 5, 5)
+    coupling = couple(model, x)
+    live = [group for group in coupling.groups if group.frozen is None and group.steps == 4]
+    wanted = {group.name: width for group, width in zip(live, widths, strict=True)}
+    kept = {
+        group.name: (tuple(range(wanted.get(group.name, group.steps))),) * len(group.units) for group in coupling.groups
+    }
+    slim = rebuild(model, x, coupling, kept)
+    assert slim.surgery.attributes == {"": {"parts": (*widths, 1)}}
+
+
+class StubbornWithSizes(Stubborn):
+    """Attributes that equal the number in the code, none of which is read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for number in range(20):
+            setattr(self, f"unread_{number}", 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x).reshape(len(x), 6, 4, 4).sum(1)
+
+
+def test_attributes_that_no_forward_reads_are_never_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x, runs = nn.Sequential(nn.Conv2d(3, 3, 1), StubbornWithSizes()), torch.randn(2, 3, 4, 4), []
+    graph = capture(model, x)
+    half = (Cut(0, (0, 1, 2)),)
+    slim = apply(model, Surgery({"1.inner.weight": half, "1.inner.bias": half}))
+    sizes = {(6,): (3,), (6, 3, 1, 1): (3, 3, 1, 1), (2, 6, 4, 4): (2, 3, 4, 4)}
+    predicted = [sizes.get(value.shape, value.shape) for value in graph.values]
+    monkeypatch.setattr("archscan.follow.divergence", lambda *given: runs.append(given) or divergence(*given))
+    with pytest.raises(CannotFollow, match="is invalid for input of size 96"):  # what PyTorch said
+        follow(slim, x, graph, predicted, {})
+    assert len(runs) == 1
+    assert type(slim[1]) is StubbornWithSizes
+
+
+class Heads(nn.Module):
+    """A reshape that has to copy with several heads, and not with one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.mix, self.head = 4, nn.Linear(8, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mixed = self.mix(x).reshape(len(x), -1, self.heads, 2).transpose(1, 2)
+        return self.head(mixed.relu().transpose(1, 2).flatten(2)).mean(1)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 3])
+def test_a_reshape_is_the_same_whether_or_not_it_copies(heads: int) -> None:
+    model, x = Heads(), torch.randn(2, 5, 8)
+    graph = capture(model, x)
+    cut = Cut(0, tuple(range(2 * heads)))
+    surgery = Surgery({"mix.weight": (cut,), "mix.bias": (cut,), "head.weight": (Cut(1, cut.kept),)})
+    slim = apply(model, surgery)
+    slim.heads = heads
+    assert divergence(slim, x, graph, None, {}) is None
 
 
 class Branches(nn.Module):

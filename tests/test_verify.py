@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import archscan  # noqa: F401 - before anything that may import torchvision
 from archscan.errors import RebuildMismatch
+from archscan.groups import couple
 from archscan.rebuild import apply, rebuild, surgery_for
+from archscan.settle import narrowed
 from archscan.surgery import Cut, Surgery, named_tensors
 from archscan.verify import TOLERANCE, check_price, masked_original, output_tensors, prove, randomize, verify
 from tests import hand_couplings as hand
@@ -174,7 +177,92 @@ def test_nothing_is_left_changed(case: hand.Case) -> None:
     assert torch.equal(torch.random.get_rng_state(), random_state)
 
 
-def test_where_channels_mix_a_training_step_is_checked_instead() -> None:
+class Normalised(nn.Module):
+    """Statistics over channels: norms and a channel mean, and of a weight, taken by the same op in the same forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.layer_norm = nn.Conv2d(3, 8, 1), nn.LayerNorm(8)
+        self.body, self.group_norm = nn.Conv2d(8, 12, 1), nn.GroupNorm(3, 12)
+        self.standardised, self.head = nn.Parameter(torch.randn(6, 12, 1, 1)), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer_norm(self.stem(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        x = self.group_norm(self.body(x * x.mean(1, keepdim=True)))
+        weight = self.standardised - self.standardised.mean((1, 2, 3), keepdim=True)
+        return self.head(F.conv2d(x, weight).relu().mean((2, 3)))
+
+
+def normalised() -> hand.Case:
+    torch.manual_seed(0)
+    model, x = Normalised(), torch.randn(2, 3, 5, 5)
+    coupling = couple(model, x)
+    assert [place.split()[0] for place in coupling.mixing] == ["LayerNorm", "mean", "GroupNorm"]
+    return hand.Case(model, x, coupling, narrowed(coupling, 0), 0)
+
+
+def test_where_channels_mix_both_are_given_the_same_statistics() -> None:
+    case = normalised()
+    slim = rebuild(case.model, case.inputs, case.coupling, case.kept)
+    assert not torch.allclose(
+        slim.model(case.inputs), masked_original(case.model, case.coupling, case.kept)(case.inputs)
+    )
+    found = prove(case.model, slim.model, slim.surgery, case.coupling, case.kept, case.inputs)
+    assert (found.applicable, found.passed, found.proof, found.dtype) == (True, True, "same statistics", "float64")
+    assert found.max_abs_error <= 1e-13
+    assert "the original's statistics over channels (LayerNorm at layer_norm, mean" in found.reason
+    assert "little" not in found.reason
+
+
+@pytest.mark.parametrize("tensor", ["layer_norm.weight", "group_norm.bias", "standardised", "body.weight"])
+def test_a_wrong_index_is_seen_beside_the_same_statistics(tensor: str) -> None:
+    case = normalised()
+    surgery = rebuild(case.model, case.inputs, case.coupling, case.kept).surgery
+    axis, size = surgery.cuts[tensor][-1], dict(named_tensors(case.model))[tensor].shape
+    other = tuple(sorted({*range(size[axis.axis])} - {axis.kept[0]}))[: len(axis.kept)]
+    wrong = Surgery({**surgery.cuts, tensor: (*surgery.cuts[tensor][:-1], Cut(axis.axis, other))})
+    slim = apply(case.model, wrong)
+    found = prove(case.model, slim, wrong, case.coupling, case.kept, case.inputs)
+    assert (found.applicable, found.passed, found.proof) == (True, False, "same statistics")
+    assert "differ by" in found.reason
+
+
+def test_a_proof_that_says_little_says_so() -> None:
+    case = normalised()
+    with torch.no_grad():
+        case.model.head.weight.mul_(1e-9)
+    surgery = rebuild(case.model, case.inputs, case.coupling, case.kept).surgery
+    found = prove(case.model, apply(case.model, surgery), surgery, case.coupling, case.kept, case.inputs)
+    assert found.passed
+    assert "which says little, since all that was removed would change the outputs by" in found.reason
+
+
+def test_single_values_are_normalised_in_a_batch_of_two() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.GroupNorm(4, 8), nn.Conv2d(8, 2, 1)).eval()
+    x = torch.randn(1, 3, 1, 1)
+    coupling = couple(model, x)
+    kept = {
+        group.name: (tuple(range(group.steps if group.frozen else 1)),) * len(group.units) for group in coupling.groups
+    }
+    slim = rebuild(model, x, coupling, kept)
+    with pytest.raises(ValueError, match="more than 1 value"):
+        slim.model(x)
+    found = prove(model, slim.model, slim.surgery, coupling, kept, x)
+    assert found.passed
+    assert "at a batch of two" in found.reason
+
+
+def test_statistics_that_cannot_be_caught_are_not_played_back() -> None:
+    case = normalised()
+    slim = rebuild(case.model, case.inputs, case.coupling, case.kept)
+    for place in ("somewhere", "sum over channels at head"):
+        other = replace(case.coupling, mixing=(*case.coupling.mixing, place))
+        found = prove(case.model, slim.model, slim.surgery, other, case.kept, case.inputs)
+        assert (found.applicable, found.passed, found.proof) == (False, True, "sanity")
+
+
+def test_where_channels_mix_beyond_that_a_training_step_is_checked_instead() -> None:
     torch.manual_seed(0)
     case = hand.layer_norm()
     slim = rebuild(case.model, case.inputs, case.coupling, case.kept)

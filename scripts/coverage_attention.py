@@ -1,0 +1,55 @@
+"""Say how the attention of a network is treated: coupling → how many channels are slimmed by what, or kept and why.
+
+Attention is where two activations are multiplied. What a module with such a product writes for itself alone (queries,
+keys, values) is its attention; what leaves it is the width of the stream, and counts with the convolutions.
+"""
+
+import re
+from collections import Counter
+
+from archscan.graph import Node
+from archscan.groups import ChannelGroup, Coupling
+
+_PRODUCTS = re.compile(r"aten\.(bmm|baddbmm|mm|_scaled_dot_product\w*|_efficient_attention\w*|_flash_attention\w*)\.")
+
+
+def _multiplies_activations(node: Node, coupling: Coupling) -> bool:
+    assert coupling.graph is not None
+    operands = [coupling.graph.values[number].per_sample for number in node.tensors]
+    return _PRODUCTS.match(f"{node.op}") is not None and sum(operands) > 1
+
+
+def without_place(reason: str) -> str:
+    """Cut the place that a reason names."""
+    return re.sub(r"^the forward of \S+ ", "a forward ", re.sub(r" \([^()]*\)$", "", reason))
+
+
+def _treatment(group: ChannelGroup) -> str:
+    """Say in a few words what becomes of a group; without the place that a reason names."""
+    if group.frozen is not None:
+        return f"kept: {without_place(group.frozen)}"
+    if len(group.units) > 1:
+        return "slimmed: as many channels of every part"
+    return "slimmed: whole heads" if group.channels_per_step > 1 else "slimmed: channel by channel"
+
+
+def describe_attention(coupling: Coupling) -> dict[str, int]:
+    """Count the channels that attention modules write for themselves, by what may become of them.
+
+    Args:
+        coupling: After whatever a forward could not follow has been frozen.
+
+    Returns:
+        Treatment → channels, most first; empty where nothing multiplies two activations.
+    """
+    assert coupling.graph is not None
+    modules = {node.module for node in coupling.graph.nodes if node.module and _multiplies_activations(node, coupling)}
+    found: Counter[str] = Counter()
+    for group in coupling.groups:
+        producers = {member.module for member in group.members if member.role == "out"}
+        inside = producers and any(
+            all(path == module or path.startswith(f"{module}.") for path in producers) for module in modules
+        )
+        if inside:
+            found[_treatment(group)] += group.channels * len(group.units)
+    return dict(found.most_common())
