@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from archscan import saving
+from archscan.audit import Choice, choose_criterion
 from archscan.criteria import criterion
 from archscan.data import ImageSet, calibration_images, evaluation_images
 from archscan.errors import BadInput
 from archscan.evaluation import top_one
 from archscan.exporters import Pair, check_formats, export_pair
 from archscan.heldout import LEAST_SAMPLES
-from archscan.losses import sampled_label_loss
+from archscan.losses import classification_loss, sampled_label_loss
 from archscan.options import (
     DEFAULT_CRITERION,
     REAL_SAMPLES,
@@ -40,6 +41,13 @@ from archscan.sources import Subject, WeightsInfo, list_networks, open_subject
 from archscan.widths import WidthRule
 
 SYNTHETIC = "synthetic"
+AUTO = "auto"
+"""The name that lets a short audit choose the criterion."""
+
+CANDIDATES = ("obd", "obs", "taylor-so", "taylor-fo", "taylor-abs", "mfac", "cbs", "sosp-h")
+"""What it chooses from: everything that scored within its own uncertainty of the best on the CIFAR ResNets, and costs
+little."""
+
 Recovery = Literal["none", "bn", "bias", "ls"]
 
 _Given = ParamSpec("_Given")
@@ -118,6 +126,12 @@ def slim_command(options: SlimOptions, progress: ProgressFactory) -> Saved:
     if options.recover is None and recover == "ls" and len(images.calibration or ()) < LEAST_SAMPLES:
         recover = "bn"
     model = subject.model.to(device)
+    notes = list(_notes(options, images, recover))
+    if options.criterion == AUTO:
+        with watch.stage("audit"):
+            choice = _choice(options, replace(subject, model=model), images, progress)
+        options = replace(options, criterion=choice.name)
+        notes.append(choice.sentence())
     result = _slim(options, replace(subject, model=model), images, recover, progress)
     result = replace(result, plan=_with_source(result, subject, images, options), history=history)
     accuracy = _accuracy(model, result.model, images.evaluation, watch, progress)
@@ -128,7 +142,7 @@ def slim_command(options: SlimOptions, progress: ProgressFactory) -> Saved:
         data=_data(images),
         accuracy=accuracy,
         warnings=tuple(_warnings(subject.weights, images)),
-        notes=tuple(_notes(options, images)),
+        notes=tuple(notes),
         device=str(device),
         command_line=options.command_line,
     )
@@ -143,12 +157,14 @@ def slim_command(options: SlimOptions, progress: ProgressFactory) -> Saved:
 
 def _check_options(options: SlimOptions) -> None:
     """Refuse, before anything is opened, what is unknown and what would have no effect."""
-    named = options.criterion or DEFAULT_CRITERION
+    named = DEFAULT_CRITERION if options.criterion in (None, AUTO) else options.criterion
     criterion(named)
     Budget(options.budget.kind, options.budget.ratio)
     if options.exports:
         check_formats(options.exports)
     synthetic = options.data.source == SYNTHETIC
+    if synthetic and options.criterion == AUTO:
+        raise BadInput(f"--criterion {AUTO} measures what removals do to the loss on real images; pass --data")
     if synthetic and options.recover not in (None, "none"):
         raise BadInput(f"--recover {options.recover} needs real images, noise would mislead it; pass --data")
     if not synthetic and options.recover == "none" and not reads_images(named):
@@ -173,7 +189,21 @@ def _recovery(options: SlimOptions, subject: Subject) -> Recovery:
 
 
 def _named(options: SlimOptions, recover: Recovery) -> str:
-    return options.criterion or default_criterion(recover)
+    return default_criterion(recover) if options.criterion in (None, AUTO) else options.criterion
+
+
+def _choice(options: SlimOptions, subject: Subject, images: _Images, progress: ProgressFactory) -> Choice:
+    """Let a short audit on the calibration images choose the criterion."""
+    if images.calibration is None or not images.labels_fit:
+        raise BadInput(
+            f"--criterion {AUTO} needs images with the labels that the model was trained for; name a criterion instead"
+        )
+    analysis = analyse(subject.model, subject.example_input, options.budget.protect)
+    batches = list(Batches(images.calibration))
+    with progress("Auditing criteria") as step:
+        return choose_criterion(
+            subject.model, analysis.coupling, batches, classification_loss, CANDIDATES, options.run.seed, step
+        )
 
 
 def _read_images(options: SlimOptions, subject: Subject, recover: Recovery, progress: ProgressFactory) -> _Images:
@@ -279,9 +309,9 @@ def _warnings(weights: WeightsInfo, images: _Images) -> Iterator[str]:
         yield f"{numbers.NOISE}, so the scores say little about real images; pass --data."
 
 
-def _notes(options: SlimOptions, images: _Images) -> Iterator[str]:
+def _notes(options: SlimOptions, images: _Images, recover: Recovery) -> Iterator[str]:
     calibration = images.calibration
-    if calibration is not None and not images.labels_fit and reads_images(options.criterion or DEFAULT_CRITERION):
+    if calibration is not None and not images.labels_fit and reads_images(_named(options, recover)):
         why = "noise has none" if calibration.is_synthetic else "the classes of the data are not the model's"
         yield f"Labels were drawn from the model's own predictions (the true Fisher), since {why}."
     for what, found in (("calibration", calibration), ("evaluation", images.evaluation)):

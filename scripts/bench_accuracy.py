@@ -77,8 +77,7 @@ def of_method(bench: Bench, method: str, ratios: Sequence[float]) -> Iterator[Po
     for ratio in ratios:
         start = time.perf_counter()
         name = None if method == DEFAULT else method
-        way = {} if method == DEFAULT else {"rounds": 1}
-        settings = archscan.SlimSettings(recover="ls" if method == DEFAULT else "none", seed=bench.seed, **way)
+        settings = archscan.SlimSettings(recover="ls" if method == DEFAULT else "none", seed=bench.seed)
         point = Point(bench.network, "archscan", method, ratio, bench.seed)
         try:
             result = archscan.slim(

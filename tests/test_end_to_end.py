@@ -193,6 +193,24 @@ def test_a_criterion_of_weights_reads_no_images(typed):
     assert summary_of("out")["notes"] == []
 
 
+def test_auto_says_which_criterion_it_chose_and_why(typed, lenet5_file):
+    ran = typed(
+        *("lenet5", "--weights", lenet5_file, "--data", "digits", "--samples", "64", "--target-flops", "0.6"),
+        *("--criterion", "auto", "--output", "out", "--json"),
+    )
+    assert ran.code == 0, ran.err
+    (note,) = (text for text in json.loads(ran.out)["notes"] if "short audit" in text)
+    chosen = json.loads(Path("out/plan.json").read_text())["history"][-1]["plan"]["provenance"]["criterion"]
+    assert note.startswith(f"The criterion {chosen} was chosen from 8")
+
+
+def test_auto_needs_images_with_the_labels_of_the_model(typed, tmp_path):
+    assert_refused(typed("lenet5", "--target-flops", "0.6", "--criterion", "auto"), "--data")
+    images_of(tmp_path / "images", ("a", "b"))
+    ran = typed("lenet5", "--target-flops", "0.6", "--criterion", "auto", "--data", tmp_path / "images")
+    assert_refused(ran, "labels that the model was trained for")
+
+
 def test_labels_of_other_classes_are_drawn_from_the_model(typed, tmp_path):
     images_of(tmp_path / "two", classes=("a", "b"))
     ran = typed(*LENET.split(), "--data", "two", "--output", "out")

@@ -40,6 +40,7 @@ examples:
   archscan show reports/resnet50-flops0.6
                                  print a saved result again
   archscan evaluate reports/resnet50-flops0.6 --data images/
+  archscan finetune reports/resnet50-flops0.6 --data images/
   archscan export reports/resnet50-flops0.6 --format onnx
   archscan criteria              what can score channels, and when to use it
   archscan audit resnet50 --data images/
@@ -58,7 +59,7 @@ def make_parser() -> argparse.ArgumentParser:
         usage="archscan MODEL (--target-flops R | --target-params R) [options]\n"
         "       archscan scan MODEL | list [PATTERN] | show DIR | criteria\n"
         "       archscan audit MODEL --data D | evaluate DIR --data D\n"
-        "       archscan export DIR --format F",
+        "       archscan finetune DIR --data D | export DIR --format F",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -82,7 +83,8 @@ def make_parser() -> argparse.ArgumentParser:
     add_data(parser)
     scores = parser.add_argument_group("scores and repair")
     named = (
-        f"see archscan criteria; a+b means ranks (default: {DEFAULT_CRITERION}; {LEAST_SQUARES_CRITERION} before ls)"
+        "one that archscan criteria lists, a+b for the mean of ranks, or auto, which audits some on your images "
+        f"(default: {DEFAULT_CRITERION}, and {LEAST_SQUARES_CRITERION} before ls)"
     )
     scores.add_argument("--criterion", metavar="NAME", help=named)
     recover = (
