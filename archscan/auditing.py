@@ -22,7 +22,7 @@ from archscan.errors import BadInput
 from archscan.groups import Coupling
 from archscan.losses import classification_loss
 from archscan.options import REAL_SAMPLES, AuditOptions, ProgressFactory
-from archscan.pipeline import SYNTHETIC, Batches, _refusing_bad_files, use_machine
+from archscan.pipeline import SYNTHETIC, Batches, refusing_bad_files, use_machine
 from archscan.report.audit import AuditReport, Images, json_text
 from archscan.report.audit_html import render_html
 from archscan.report.model import RANDOM_WEIGHTS, Environment, Weights
@@ -49,7 +49,7 @@ class _Images:
     held_out: ImageSet
 
 
-@_refusing_bad_files
+@refusing_bad_files
 def audit_command(options: AuditOptions, progress: ProgressFactory) -> SavedAudit:
     """Run ``archscan audit``: open, read images, score, remove, measure, rank, write.
 

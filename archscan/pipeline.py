@@ -54,7 +54,7 @@ _Given = ParamSpec("_Given")
 _Result = TypeVar("_Result")
 
 
-def _refusing_bad_files(command: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
+def refusing_bad_files(command: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
     """Turn what the system says of a file (a name too long, no permission, no space) into a refusal."""
 
     @wraps(command)
@@ -104,7 +104,7 @@ class _Images:
 # --- archscan MODEL -------------------------------------------------------------------------------------------------
 
 
-@_refusing_bad_files
+@refusing_bad_files
 def slim_command(options: SlimOptions, progress: ProgressFactory) -> Saved:
     """Run ``archscan MODEL``: open, score, plan, rebuild, prove, repair, measure, save.
 
@@ -326,7 +326,7 @@ def _notes(options: SlimOptions, images: _Images, recover: Recovery) -> Iterator
 # --- the other commands ---------------------------------------------------------------------------------------------
 
 
-@_refusing_bad_files
+@refusing_bad_files
 def scan_command(options: ScanOptions, progress: ProgressFactory) -> Report:
     """Run ``archscan scan MODEL``: costs, groups, coupling; weights play no part."""
     watch = Stopwatch()
@@ -355,13 +355,13 @@ def list_command(pattern: str | None) -> list[str]:
     return found
 
 
-@_refusing_bad_files
+@refusing_bad_files
 def show_command(folder: Path) -> Report:
     """Run ``archscan show DIR``: read the numbers of a saved result."""
     return read_result(folder)[0]
 
 
-@_refusing_bad_files
+@refusing_bad_files
 def evaluate_command(options: EvaluateOptions, progress: ProgressFactory) -> Evaluation:
     """Run ``archscan evaluate DIR``: accuracy of a saved result, and of the original where its weights are at hand."""
     device = use_machine(options.run)

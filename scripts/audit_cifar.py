@@ -10,7 +10,7 @@ python scripts/audit_cifar.py --networks resnet20 --units 140 --samples 2048 --h
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -160,9 +160,29 @@ def section(row: Row) -> str:
         (
             f"## {row.network}: {row.samples:,} images to score on, {row.held_out:,} to measure on",
             table(header, lines),
+            best(row),
             bounds(row),
         )
     )
+
+
+def best(row: Row) -> str:
+    """Name the criterion that is ahead by each measure."""
+    measures: list[tuple[str, Callable[[AuditedCriterion], float | None]]] = [
+        ("units", lambda each: each.units.spearman.value),
+        ("units on the same images", lambda each: row.same_images[each.name].spearman),
+        ("small units by Pearson", lambda each: row.same_images[each.name].pearson_small),
+        ("sets", lambda each: each.sets.spearman.value),
+    ]
+    words = []
+    for what, of in measures:
+        known = [(value, each.name) for each in row.criteria if (value := of(each)) is not None]
+        if known:
+            value, name = max(known)
+            words.append(f"{name} for {what} ({value:.2f})")
+    planned = [(made.loss_change, each.name) for each in row.criteria for made in each.plans if made.loss_change]
+    loss, name = min((change, name) for change, name in planned if change is not None)
+    return f"Ahead: {', '.join(words)}; by its own plan, {name} ({loss:+.2f})."
 
 
 def bounds(row: Row) -> str:
