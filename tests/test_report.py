@@ -223,7 +223,7 @@ SCHEMA = {
 }
 KEYS = """
 archscan command model input_shape weights data criterion seed target before after keep_ratio verification accuracy
-recovery groups bottlenecks modules saliency_lost warnings notes seconds environment command_line exports
+recovery groups bottlenecks modules saliency_lost warnings notes seconds environment command_line exports history
 """
 
 
