@@ -72,7 +72,7 @@ Change = tuple[tuple[str, int | tuple[int, ...]], ...]
 """New values of some attributes of one module."""
 
 Source = Literal["op", "module", "multiple"]
-"""Where a new size was found: at the op itself, anywhere in the module, or as a factor or a multiple of one of those."""
+"""Where a new size was found: at the op, anywhere in the module, or as a factor or a multiple of one of those."""
 
 _SOURCES: tuple[Source, ...] = ("op", "module", "multiple")
 
@@ -162,25 +162,38 @@ def _candidates(
     With each comes the path of the module, and where the sizes were found. Modules inside are asked for what was read
     of them, since a forward may call their methods.
     """
-    node, here = graph.nodes[at], _pairs_at(graph, predicted, hints, at)
+    node = graph.nodes[at]
     seen: set[tuple[str, Change]] = set()
     inner = [path for path in reads if path.startswith(f"{node.module}." if node.module else "") and path]
     for source, path in product(_SOURCES, (*_parents(node.module), *inner)):
         module, read = model.get_submodule(path), reads.get(path)
         if not _has_sizes(module, read):
             continue
-        pairs = here
-        if source != "op":
-            around = node.module if path in inner else path
-            prefix = f"{around}." if around else ""
-            inside = [other for other in graph.nodes if other.module == around or other.module.startswith(prefix)]
-            pairs = list(dict.fromkeys(pair for other in inside for pair in _changes(graph, predicted, other)))
-        if source == "multiple":
-            pairs = _multiples(module, pairs, read)
+        around = min(path, node.module, key=len)
+        pairs = _pairs_from(source, module, graph, predicted, hints, at, around, read)
         for change in chain(_aligned(module, graph, predicted, node, read), _tries(module, pairs, read)):
-            if (path, change) not in seen:
+            if (path, change) not in seen and (source != "multiple" or len(change) == 1):
                 seen.add((path, change))
                 yield path, change, source
+
+
+def _pairs_from(
+    source: Source,
+    module: nn.Module,
+    graph: Graph,
+    predicted: Predicted,
+    hints: Hints,
+    at: int,
+    around: str,
+    read: Iterable[str] | None,
+) -> list[tuple[int, int]]:
+    """List the changed sizes that may be the new sizes of a module: of one op, or of all that are `around` it."""
+    if source == "op":
+        return _pairs_at(graph, predicted, hints, at)
+    prefix = f"{around}." if around else ""
+    inside = [node for node in graph.nodes if node.module == around or node.module.startswith(prefix)]
+    pairs = list(dict.fromkeys(pair for node in inside for pair in _changes(graph, predicted, node)))
+    return _multiples(module, pairs, read) if source == "multiple" else pairs
 
 
 def _has_sizes(module: nn.Module, read: Iterable[str] | None) -> bool:
@@ -338,26 +351,34 @@ def _like(
     A deep network repeats one block many times; this saves a run for each.
     """
     path, change, source = helped
-    kind, names = type(model.get_submodule(path)), {name for name, _ in change}
+    home = graph.nodes[at].module
+    kinds, names = (type(model.get_submodule(home)), type(model.get_submodule(path))), {name for name, _ in change}
     proposals: dict[str, Change] = {}
-    pairs_in: dict[str, dict[tuple[int, int], None]] = {}
-
-    def propose(other: str, tries: Iterable[Change]) -> None:
+    for later in range(at + 1, len(graph.nodes)):
+        node = graph.nodes[later]
+        other = _counterpart(home, path, node.module)
+        if other is None or other == path or other in proposals or node.op is not graph.nodes[at].op:
+            continue
+        if type(model.get_submodule(node.module)) is not kinds[0]:
+            continue
+        module = model.get_submodule(other)
+        if type(module) is not kinds[1]:
+            continue
+        pairs = _pairs_from(source, module, graph, predicted, hints, later, min(other, node.module, key=len), names)
+        tries = list(_aligned(module, graph, predicted, node)) or _tries(module, pairs)
         options = [tried for tried in tries if {name for name, _ in tried} == names]
         if len(options) == 1:
             proposals[other] = options[0]
-
-    for later in range(at + 1, len(graph.nodes)):
-        node = graph.nodes[later]
-        module = model.get_submodule(node.module)
-        if node.module == path or node.module in proposals or type(module) is not kind:
-            continue
-        if source != "op":
-            pairs_in.setdefault(node.module, {}).update(dict.fromkeys(_changes(graph, predicted, node)))
-        elif node.op is graph.nodes[at].op:
-            aligned = list(_aligned(module, graph, predicted, node))
-            propose(node.module, aligned or _tries(module, _pairs_at(graph, predicted, hints, later)))
-    for other, pairs in pairs_in.items():
-        module = model.get_submodule(other)
-        propose(other, _tries(module, list(pairs) if source == "module" else _multiples(module, pairs, names)))
     return proposals
+
+
+def _counterpart(home: str, path: str, other_home: str) -> str | None:
+    """Name the module that is to another one what a module around or inside `home` is to that; None if there is none.
+
+    >>> _counterpart("a.attn", "a.attn.table", "b.attn"), _counterpart("a.attn", "a", "b.attn")
+    ('b.attn.table', 'b')
+    """
+    if path == home or path.startswith(f"{home}."):
+        return other_home + path.removeprefix(home)
+    suffix = home.removeprefix(path)
+    return other_home.removesuffix(suffix) if other_home.endswith(suffix) else None

@@ -1,7 +1,8 @@
 """Say how the attention of a network is treated: coupling → how many channels are slimmed by what, or kept and why.
 
-Attention is where two activations are multiplied. What a module with such a product writes for itself alone (queries,
-keys, values) is its attention; what leaves it is the width of the stream, and counts with the convolutions.
+Attention is where two activations are multiplied. The channels that are multiplied, and what a module with such a
+product writes for itself alone (queries, keys, values), are its attention; what leaves it is the width of the stream,
+and counts with the convolutions.
 """
 
 import re
@@ -34,7 +35,7 @@ def _treatment(group: ChannelGroup) -> str:
 
 
 def describe_attention(coupling: Coupling) -> dict[str, int]:
-    """Count the channels that attention modules write for themselves, by what may become of them.
+    """Count the channels that are multiplied, or that attention modules write for themselves, by their treatment.
 
     Args:
         coupling: After whatever a forward could not follow has been frozen.
@@ -43,13 +44,17 @@ def describe_attention(coupling: Coupling) -> dict[str, int]:
         Treatment → channels, most first; empty where nothing multiplies two activations.
     """
     assert coupling.graph is not None
-    modules = {node.module for node in coupling.graph.nodes if node.module and _multiplies_activations(node, coupling)}
+    assert coupling.sizes is not None
+    products = [node for node in coupling.graph.nodes if _multiplies_activations(node, coupling)]
+    modules = {node.module for node in products if node.module}
+    numbers = {number for node in products for number in node.tensors}
+    multiplied = {group for number in numbers for size in coupling.sizes(number) for group in size.per_step}
     found: Counter[str] = Counter()
-    for group in coupling.groups:
+    for index, group in enumerate(coupling.groups):
         producers = {member.module for member in group.members if member.role == "out"}
         inside = producers and any(
             all(path == module or path.startswith(f"{module}.") for path in producers) for module in modules
         )
-        if inside:
+        if producers and (inside or index in multiplied):
             found[_treatment(group)] += group.channels * len(group.units)
     return dict(found.most_common())

@@ -121,8 +121,9 @@ def _attention(records: Sequence[Record]) -> list[str]:
     return [
         "## Attention",
         "",
-        "Networks that multiply activations by activations, and what becomes of the channels that such a module writes "
-        "for itself (queries, keys, values); the stream around it is slimmed like any other.",
+        "Networks that multiply activations by activations, and what becomes of the channels that are multiplied, "
+        "and that such a module writes for itself (queries, keys, values); the stream around it is slimmed like any "
+        "other.",
         "",
         *_table(["network", "may be slimmed, %", "channels, by treatment"], rows),
     ]

@@ -207,27 +207,79 @@ def test_attributes_that_no_forward_reads_are_never_tried(monkeypatch: pytest.Mo
     assert type(slim[1]) is StubbornWithSizes
 
 
-class Heads(nn.Module):
-    """A reshape that has to copy with several heads, and not with one."""
+class Table(nn.Module):
+    """A shape in an attribute that only a method reads, not a forward."""
 
-    def __init__(self) -> None:
+    def __init__(self, heads: int) -> None:
         super().__init__()
-        self.heads, self.mix, self.head = 4, nn.Linear(8, 8), nn.Linear(8, 2)
+        self.table, self.table_shape = nn.Parameter(torch.randn(5 * heads)), (5, heads)
+
+    def shaped(self) -> Tensor:
+        return self.table.view(self.table_shape)
+
+
+class Heads(nn.Module):
+    """Heads whose number shows only times the batch; a reshape has to copy with several of them, and not with one."""
+
+    def __init__(self, heads: int = 4, hidden: int = 9) -> None:
+        super().__init__()
+        self.heads, self.mix, self.head = heads, nn.Linear(8, 2 * heads), nn.Linear(2 * heads, 8)
+        self.bias, self.up, self.down = Table(heads), nn.Linear(8, hidden), nn.Linear(hidden, 8)
 
     def forward(self, x: Tensor) -> Tensor:
-        mixed = self.mix(x).reshape(len(x), -1, self.heads, 2).transpose(1, 2)
-        return self.head(mixed.relu().transpose(1, 2).flatten(2)).mean(1)
+        mixed = self.mixed(x) * self.bias.shaped().sum()
+        return self.head(mixed) + self.down(self.up(x).relu())
+
+    def mixed(self, x: Tensor) -> Tensor:
+        mixed = self.mix(x).transpose(1, 2).reshape(len(x) * self.heads, 2, -1)
+        return mixed.relu().view(len(x), 2 * self.heads, -1).transpose(1, 2).contiguous()
+
+
+class HeadsAlone(Heads):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.mixed(x))
 
 
 @pytest.mark.parametrize("heads", [1, 2, 3])
 def test_a_reshape_is_the_same_whether_or_not_it_copies(heads: int) -> None:
     model, x = Heads(), torch.randn(2, 5, 8)
-    graph = capture(model, x)
-    cut = Cut(0, tuple(range(2 * heads)))
-    surgery = Surgery({"mix.weight": (cut,), "mix.bias": (cut,), "head.weight": (Cut(1, cut.kept),)})
-    slim = apply(model, surgery)
-    slim.heads = heads
-    assert divergence(slim, x, graph, None, {}) is None
+    assert divergence(Heads(heads), x, capture(model, x), None, {}) is None
+
+
+@pytest.mark.parametrize(
+    ("dense", "slim"),
+    [
+        (((4, 9), (6, 9), (5, 9)), ((3, 9), (4, 9), (2, 9))),
+        (((4, 9), (4, 4), (5, 9)), ((3, 9), (4, 2), (2, 9))),  # what helps in the first block is wrong in the second
+    ],
+)
+def test_factors_and_what_methods_read_follow_in_every_block(
+    dense: tuple[tuple[int, int], ...], slim: tuple[tuple[int, int], ...]
+) -> None:
+    model, x = nn.Sequential(*(Heads(*sizes) for sizes in dense)), torch.randn(2, 5, 8)
+    wanted = nn.Sequential(*(Heads(*sizes) for sizes in slim))
+    cuts = {
+        name: tuple(Cut(axis, tuple(range(size))) for axis, size in enumerate(tensor.shape))
+        for name, tensor in named_tensors(wanted)
+    }
+    predicted = [value.shape for value in capture(wanted, x).values]
+    found = follow(apply(model, Surgery(cuts)), x, capture(model, x), predicted, {})
+    expected = {}
+    for number, ((heads, _), (fewer, _)) in enumerate(zip(dense, slim, strict=True)):
+        if fewer < heads:
+            expected |= {f"{number}": {"heads": fewer}, f"{number}.bias": {"table_shape": (5, fewer)}}
+    assert found == expected
+
+
+def test_a_size_that_shows_only_as_a_factor_follows() -> None:
+    model, wanted, x = HeadsAlone(4), HeadsAlone(3), torch.randn(2, 5, 8)
+    cuts = {
+        name: tuple(Cut(axis, tuple(range(size))) for axis, size in enumerate(tensor.shape))
+        for name, tensor in named_tensors(wanted)
+    }
+    predicted = [value.shape for value in capture(wanted, x).values]
+    found = follow(apply(model, Surgery(cuts)), x, capture(model, x), predicted, {})
+    assert found == {"": {"heads": 3}}
 
 
 class Branches(nn.Module):

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import archscan  # noqa: F401 - before anything that may import torchvision
 from archscan.errors import RebuildMismatch
-from archscan.groups import couple
+from archscan.groups import couple, freeze
 from archscan.rebuild import apply, rebuild, surgery_for
 from archscan.settle import narrowed
 from archscan.surgery import Cut, Surgery, named_tensors
@@ -188,21 +188,23 @@ class Normalised(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.layer_norm(self.stem(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        x = self.group_norm(self.body(x * x.mean(1, keepdim=True)))
+        x = self.group_norm(self.body(x * (x * x).mean(1, keepdim=True)))
         weight = self.standardised - self.standardised.mean((1, 2, 3), keepdim=True)
         return self.head(F.conv2d(x, weight).relu().mean((2, 3)))
 
 
-def normalised() -> hand.Case:
+def normalised(full: str = "") -> hand.Case:
     torch.manual_seed(0)
     model, x = Normalised(), torch.randn(2, 3, 5, 5)
     coupling = couple(model, x)
+    coupling = freeze(coupling, {full: "so"}) if full else coupling
     assert [place.split()[0] for place in coupling.mixing] == ["LayerNorm", "mean", "GroupNorm"]
     return hand.Case(model, x, coupling, narrowed(coupling, 0), 0)
 
 
-def test_where_channels_mix_both_are_given_the_same_statistics() -> None:
-    case = normalised()
+@pytest.mark.parametrize("full", ["", "standardised", "body"])
+def test_where_channels_mix_both_are_given_the_same_statistics(full: str) -> None:
+    case = normalised(full)
     slim = rebuild(case.model, case.inputs, case.coupling, case.kept)
     assert not torch.allclose(
         slim.model(case.inputs), masked_original(case.model, case.coupling, case.kept)(case.inputs)
