@@ -1,18 +1,20 @@
 """The command line: arguments → one function of the pipeline → printed report and exit code.
 
 No logic lives here. Everything heavy is imported inside the handlers. ``archscan MODEL`` is the default command: a
-first argument that is no command's name starts a slimming.
+first argument that is no command's name starts a slimming. Under ``torchrun`` slimming and fine-tuning have use for
+all processes; the first one alone does what else there is.
 """
 
 import os
 import shlex
+import signal
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 
 from archscan.commands import audit, criteria, evaluate, export, finetune, scan, show, slim
 from archscan.commands import list as list_networks
-from archscan.errors import ArchscanError, BadInput
+from archscan.errors import ArchscanError, BadInput, OtherEnded, is_first, said_once
 
 EXIT_INTERRUPTED = 130
 
@@ -30,15 +32,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
+    many = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if many:
+        signal.signal(signal.SIGTERM, _on_end)
     try:
         _dispatch(arguments)
         sys.stdout.flush()
         return 0
     except ArchscanError as error:
-        print(f"archscan: {error}", file=sys.stderr)
+        if many:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if is_first() or not isinstance(error, OtherEnded):
+            print(f"archscan: {error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        print("archscan: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        if is_first():
+            print(f"archscan: {str(error) or 'interrupted'}", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         # The reader (`head`, a closed pager) has all that it wanted; what Python flushes at exit must go nowhere.
@@ -46,13 +55,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
 
 
+def _on_end(_signal: int, _frame: object) -> None:
+    """End as when interrupted, so that nothing is left half-written; further signals would end that too."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise KeyboardInterrupt("ended from outside, as torchrun does when another process of the run ended")
+
+
 def _dispatch(typed: Sequence[str]) -> None:
     command = typed[0] if typed and typed[0] in COMMANDS else None
+    if command not in (None, "finetune") and not is_first():
+        return
     make_parser, handler = COMMANDS[command] if command else (slim.make_parser, slim.run)
     parser, arguments = make_parser(), typed[1:] if command else typed
     command_line = shlex.join(("archscan", *typed))
     try:
-        parsed = parser.parse_args(arguments)
+        with said_once():
+            parsed = parser.parse_args(arguments)
     except SystemExit:  # how argparse ends --help and --version
         return
     except BadInput as error:

@@ -11,26 +11,28 @@ backward pass, and makes its output require grad, so that differentiation starts
 second-order statistics multiply by real gates and go backward twice. `probes` has the mechanics.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import count
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_map
 
 from archscan.errors import BadInput
 from archscan.groups import Coupling
 from archscan.layer_statistics import LayerMoments, LayerWatch
-from archscan.losses import Batch, LossFn, drawn_label_loss, logits_of
-from archscan.probes import Gates, only_gates_differentiable
+from archscan.losses import Batch, LossFn, SampledLabelLoss, drawn_label_loss, logits_of
+from archscan.probes import Gates, device_and_dtype, hessian_diagonal, only_gates_differentiable
+from archscan.processes import Place
+from archscan.sharding import ALONE, Turn, gather, sample_count, turns
 from archscan.sharpness import POWER_STEPS, groupwise_product, sharpness
-from archscan.weight_statistics import bn_scale, group_of_unit, read_norm, weight_norm
+from archscan.weight_statistics import weight_statistics
 
 Progress = Callable[[int, int], None]
 """Called with (batches done, batches in all; 0 where the iterable has no length)."""
@@ -129,6 +131,7 @@ def collect(
     seed: int = 0,
     diagonal_probes: int = 8,
     progress: Progress | None = None,
+    place: Place = ALONE,
 ) -> GateStatistics:
     """Collect the statistics in `needs` over all batches; the model is left unchanged.
 
@@ -147,21 +150,20 @@ def collect(
         diagonal_probes: Rademacher probes per sample for the Hessian diagonal. Exact where there are no more units;
             else the variance at unit u is the mean over samples n of Σ_{v≠u} H_n[u,v]², over (samples · probes).
         progress: Reports batches done.
+        place: Which process this is, of those that share the batches out; all return the same, as one process does,
+            but for the order in which moments of layers are summed up.
 
     Raises:
         BadInput: The batches, the loss or a gradient are unusable, or the model ran differently from its capture.
     """
-    if unknown := sorted(needs - set(get_args(Need))):
-        raise BadInput(f"no gate statistic is called {unknown[0]!r}; choose from {', '.join(get_args(Need))}")
-    if diagonal_probes < 1:
-        raise BadInput(f"diagonal_probes is {diagonal_probes}; the Hessian diagonal takes at least 1")
+    _check(needs, diagonal_probes)
+    weights = place.share(weight_statistics(model, coupling, needs))[0]
     rows = _Rows()
     if needs & (_PASSES | {"sharpness"}):
-        gates = Gates(coupling, *_device_and_dtype(model))
+        gates = Gates(coupling, *device_and_dtype(model))
         if "sharpness" in needs and isinstance(batches, Iterator):
             batches = list(batches)  # it gives its batches once only
-        passes = 1 + POWER_STEPS * ("sharpness" in needs)
-        rows = _run_all(_Source(model, gates, loss_fn, batches, seed, diagonal_probes, progress, passes), needs)
+        rows = _run_all(_Source(model, gates, loss_fn, batches, seed, diagonal_probes, progress, place), needs, weights)
     return GateStatistics(
         unit_count=coupling.unit_count,
         seed=seed,
@@ -171,10 +173,10 @@ def collect(
         fisher_gradient_NU=rows.concatenated("fisher_gradient"),
         hessian_ones_BU=rows.stacked("hessian_ones"),
         hessian_diagonal_U=rows.averaged("hessian_diagonal"),
-        weight_norm_U=weight_norm(model, coupling) if "weight_norm" in needs else None,
-        bn_scale_U=bn_scale(model, coupling) if "bn_scale" in needs else None,
-        group_U=group_of_unit(coupling) if "group" in needs else None,
-        read_norm_U=read_norm(model, coupling) if "read_norm" in needs else None,
+        weight_norm_U=weights.get("weight_norm"),
+        bn_scale_U=weights.get("bn_scale"),
+        group_U=weights.get("group") if "group" in needs else None,
+        read_norm_U=weights.get("read_norm") if "read_norm" in needs else None,
         sharpness_U=rows.sharpness_U,
         layer_inputs_L=rows.layer_inputs_L,
         layer_gradients_L=rows.layer_gradients_L,
@@ -184,15 +186,30 @@ def collect(
 # One batch ------------------------------------------------------------------------------------------------------------
 
 
+def _check(needs: frozenset[Need], diagonal_probes: int) -> None:
+    if unknown := sorted(needs - set(get_args(Need))):
+        raise BadInput(f"no gate statistic is called {unknown[0]!r}; choose from {', '.join(get_args(Need))}")
+    if diagonal_probes < 1:
+        raise BadInput(f"diagonal_probes is {diagonal_probes}; the Hessian diagonal takes at least 1")
+
+
 @dataclass(frozen=True, eq=False)
 class _Run:
-    """One calibration batch on the model's device; `number` counts from 1."""
+    """One calibration batch on the model's device, and which one it is."""
 
     model: nn.Module
     gates: Gates
     loss_fn: LossFn
     batch: Batch
-    number: int
+    turn: Turn
+    seed: int
+
+    @property
+    def number(self) -> int:
+        return self.turn.number
+
+
+_Found = TypeVar("_Found")
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,73 +223,97 @@ class _Source:
     seed: int
     diagonal_probes: int
     progress: Progress | None
-    passes: int
+    place: Place
 
-    def runs(self, number_of_pass: int) -> Iterator[_Run]:
+    def gather(self, found: Callable[[_Run], _Found], number_of_pass: int, passes: int) -> list[_Found]:
         """Go through all batches once, counting passes from 0."""
         total = len(self.batches) if isinstance(self.batches, Sized) else 0
-        for number, batch in enumerate(self.batches, start=1):
-            yield _Run(self.model, self.gates, self.loss_fn, _moved(batch, self.gates.device), number)
+
+        def found_in(turn: Turn) -> _Found:
+            batch = _moved(turn.batch, self.gates.device)
+            result = found(_Run(self.model, self.gates, self.loss_fn, batch, turn, self.seed))
             if self.progress is not None:
-                self.progress(number_of_pass * total + number, self.passes * total)
+                self.progress(number_of_pass * total + turn.number, passes * total)
+            return result
+
+        return gather(found_in, turns(self.batches, self.place), self.place)
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Rows:
-    """Statistics of the batches so far, by name; absent where not asked for."""
+    """Statistics of all batches, a size and a dict of arrays each."""
 
-    sizes: list[int] = field(default_factory=list)
+    found: Sequence[tuple[int, dict[Need, np.ndarray]]] = ()
     layer_inputs_L: tuple[LayerMoments, ...] | None = None
     layer_gradients_L: tuple[np.ndarray, ...] | None = None
     sharpness_U: np.ndarray | None = None
-    by_name: dict[Need, list[np.ndarray]] = field(default_factory=dict)
+
+    @property
+    def sizes(self) -> list[int]:
+        return [size for size, _ in self.found]
+
+    def rows(self, name: Need) -> list[np.ndarray]:
+        return [by_name[name] for _, by_name in self.found if name in by_name]
 
     def stacked(self, name: Need) -> np.ndarray | None:
-        return np.stack(self.by_name[name]) if name in self.by_name else None
+        return np.stack(rows) if (rows := self.rows(name)) else None
 
     def concatenated(self, name: Need) -> np.ndarray | None:
-        return np.concatenate(self.by_name[name]) if name in self.by_name else None
+        return np.concatenate(rows) if (rows := self.rows(name)) else None
 
     def averaged(self, name: Need) -> np.ndarray | None:
-        return np.average(self.by_name[name], axis=0, weights=self.sizes) if name in self.by_name else None
+        return np.average(rows, axis=0, weights=self.sizes) if (rows := self.rows(name)) else None
 
 
-def _run_all(source: _Source, needs: frozenset[Need]) -> _Rows:
+def _run_all(source: _Source, needs: frozenset[Need], weights: Mapping[str, np.ndarray]) -> _Rows:
     """Make all passes over the batches."""
-    rows = _Rows()
     with only_gates_differentiable(source.model, source.gates, source.seed):
-        _add_batches(rows, source, needs)
+        rows = _first_pass(source, needs)
         if "sharpness" in needs:
-            coupling = source.gates.coupling
-            rows.sharpness_U = _sharpness(source, group_of_unit(coupling), read_norm(source.model, coupling))
+            rows = replace(rows, sharpness_U=_sharpness(source, weights["group"], weights["read_norm"]))
     return rows
 
 
-def _add_batches(rows: _Rows, source: _Source, needs: frozenset[Need]) -> None:
-    """Go through all batches once and add their statistics to `rows`."""
-    draw = torch.Generator().manual_seed(source.seed)
+def _first_pass(source: _Source, needs: frozenset[Need]) -> _Rows:
+    """Go through all batches once; all statistics but `sharpness` come from it."""
     watch = LayerWatch("layer_inputs" in needs, "layer_gradients" in needs) if needs & _LAYERS else None
     source.gates.watch = watch
-    for run in source.runs(0):
-        with _refusing_bad_runs(run, needs):
-            found = _statistics(run, needs, draw, source.diagonal_probes)
+
+    def found_in(run: _Run) -> tuple[int, dict[Need, np.ndarray]]:
+        if watch is not None:
+            watch.first_sample = run.turn.first_sample
+        with _computing(run, needs):
+            found = _statistics(run, needs, run.turn.draw(run.seed), source.diagonal_probes)
         for name, values in found.items():
             _require_finite(run, values, name)
-            rows.by_name.setdefault(name, []).append(values.cpu().numpy())
-        rows.sizes.append(run.gates.samples)
-    source.gates.watch = None
-    if not rows.sizes:
+        if watch is not None and not run.turn.counts:
+            watch.forget()
+        return run.gates.samples, {name: values.cpu().numpy() for name, values in found.items()}
+
+    try:
+        found = source.gather(found_in, 0, 1 + POWER_STEPS * ("sharpness" in needs))
+    finally:
+        source.gates.watch = None
+    if not found:
         raise BadInput("there is no calibration batch; pass at least one")
-    if watch is not None:
-        rows.layer_inputs_L = watch.input_moments() if watch.inputs else None
-        rows.layer_gradients_L = watch.gradient_moments() if watch.gradients else None
+    if watch is None:
+        return _Rows(found)
+    if source.place.count > 1:
+        watch.merge(source.place, (len(found) - 1) % source.place.count)
+    inputs = watch.input_moments() if watch.inputs else None
+    return _Rows(found, inputs, watch.gradient_moments() if watch.gradients else None)
 
 
 @contextmanager
-def _refusing_bad_runs(run: _Run, needs: frozenset[Need]) -> Iterator[None]:
-    """Turn what PyTorch says of a batch into a refusal."""
+def _computing(run: _Run, needs: frozenset[Need]) -> Iterator[None]:
+    """Compute with the batch's own random numbers; turn what PyTorch says of it into a refusal."""
+    if isinstance(run.loss_fn, SampledLabelLoss):
+        run.loss_fn.seek(run.turn.first_sample)
     try:
-        yield
+        # Whoever makes the batches draws as if nothing was computed between them.
+        with torch.random.fork_rng([run.gates.device] if run.gates.device.type == "cuda" else []):
+            torch.manual_seed(run.turn.seed(run.seed))
+            yield
     except RuntimeError as error:
         second = needs & (_SECOND_ORDER | {"sharpness"})
         remedy = "choose a first-order criterion" if second else "try a smaller batch or another loss_fn"
@@ -282,7 +323,7 @@ def _refusing_bad_runs(run: _Run, needs: frozenset[Need]) -> Iterator[None]:
 
 def _loss(run: _Run, *, multiply: bool, backward: bool = True) -> Tensor:
     """Run the model forward, with real gates or with probes."""
-    run.gates.begin(_sample_count(run.batch), multiply=multiply)
+    run.gates.begin(sample_count(run.batch), multiply=multiply)
     # Fused attention kernels can be differentiated only once.
     attention = sdpa_kernel(SDPBackend.MATH) if multiply else nullcontext()
     with run.gates, attention, torch.set_grad_enabled(backward):
@@ -306,7 +347,7 @@ def _statistics(run: _Run, needs: frozenset[Need], draw: torch.Generator, diagon
         ones_NU = torch.ones_like(gradient_NU)
         found["hessian_ones"] = run.gates.hessian_product(gradient_NU, ones_NU).double().mean(0)
     if "hessian_diagonal" in needs:
-        found["hessian_diagonal"] = _hessian_diagonal(run.gates, gradient_NU, diagonal_probes)
+        found["hessian_diagonal"] = hessian_diagonal(run.gates, gradient_NU, diagonal_probes)
     if "fisher_gradient" in needs:
         drawn = drawn_label_loss(logits_of(run.gates.output), draw)
         found["fisher_gradient"] = run.gates.gradient(drawn, keep_graph=False, differentiable=False)
@@ -318,60 +359,24 @@ def _sharpness(source: _Source, group_U: np.ndarray, norm_U: np.ndarray) -> np.n
     passes = count(1)
 
     def product(vector_U: np.ndarray) -> np.ndarray:
-        total_U, samples = np.zeros(len(vector_U)), 0
-        draw = torch.Generator().manual_seed(source.seed)
-        for run in source.runs(next(passes)):
-            with _refusing_bad_runs(run, frozenset({"sharpness"})):
+        def found_in(run: _Run) -> tuple[int, np.ndarray]:
+            with _computing(run, frozenset({"sharpness"})):
                 loss = _loss(run, multiply=True)
                 gradient_NU = run.gates.gradient(loss, keep_graph=False, differentiable=True)
                 multiply = partial(run.gates.hessian_product, gradient_NU)
+                draw = run.turn.draw(run.seed, per_sample=len(np.unique(group_U)))
                 rows_NU = groupwise_product(multiply, vector_U, group_U, gradient_NU, draw, source.diagonal_probes)
             _require_finite(run, rows_NU, "sharpness")
-            total_U += rows_NU.double().sum(0).cpu().numpy()
-            samples += run.gates.samples
-        return total_U / samples
+            return run.gates.samples, rows_NU.double().sum(0).cpu().numpy()
+
+        found = source.gather(found_in, next(passes), 1 + POWER_STEPS)
+        return sum((rows_U for _, rows_U in found), np.zeros(len(vector_U))) / sum(samples for samples, _ in found)
 
     return sharpness(product, group_U, norm_U)
 
 
-def _hessian_diagonal(gates: Gates, gradient_NU: Tensor, probes: int) -> Tensor:
-    """Estimate the diagonal of the Hessian of the batch's mean loss.
-
-    diag(H) = E[v ⊙ H v] over Rademacher v, drawn for each sample (Hutchinson 1990). Exact, by unit
-    vectors, where there are no more units than probes.
-    """
-    samples, units = gradient_NU.shape
-    if units <= probes:
-        basis = torch.eye(units, dtype=gradient_NU.dtype, device=gradient_NU.device)
-        products = [gates.hessian_product(gradient_NU, unit.expand(samples, units)) for unit in basis]
-        return torch.stack(products, 2).double().mean(0).diagonal()
-    total_U = torch.zeros(units, dtype=torch.float64, device=gradient_NU.device)
-    for _ in range(probes):
-        signs_NU = torch.randint_like(gradient_NU, 2) * 2 - 1
-        total_U += (signs_NU * gates.hessian_product(gradient_NU, signs_NU)).double().mean(0)
-    return total_U / probes
-
-
-def _device_and_dtype(model: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Find where the model lives and the precision it computes in, at least float32 for what is accumulated."""
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            return parameter.device, torch.promote_types(parameter.dtype, torch.float32)
-    return torch.device("cpu"), torch.float32
-
-
 def _moved(batch: Batch, device: torch.device) -> Batch:
     return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, batch)
-
-
-def _sample_count(batch: Batch) -> int:
-    """Count samples: the leading size of the batch's first tensor."""
-    for leaf in tree_flatten(batch)[0]:
-        if isinstance(leaf, Tensor) and leaf.ndim and len(leaf):
-            return len(leaf)
-    raise BadInput(
-        "a calibration batch holds no tensor with samples on its leading axis; pass tuples or dicts of tensors"
-    )
 
 
 def _require_loss(run: _Run, loss: Tensor, *, backward: bool) -> None:

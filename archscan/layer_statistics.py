@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from archscan.errors import BadInput
 from archscan.groups import Consumer
+from archscan.processes import Place
 
 BLOCK_COLUMNS = 4608
 """Wider layers are described block by block; a Gram matrix takes 8 bytes times the square of it, 170 MB."""
@@ -123,7 +124,6 @@ class _LayerSums:
     module: str
     weight_GOK: Tensor
     blocks: tuple[_BlockSums, ...]
-    rows: int = 0
     samples: int = 0
     positions: float = 0.0
     gradient_GOO: Tensor | None = None
@@ -140,6 +140,8 @@ class LayerWatch:
 
     inputs: bool
     gradients: bool
+    first_sample: int = 0
+    """Samples in the batches before, whoever saw them."""
     _open: bool = False
     _layers: dict[int, _LayerSums] = field(default_factory=dict)
 
@@ -166,12 +168,12 @@ class LayerWatch:
         if number not in self._layers:
             self._layers[number] = _start(call, unit_C, consumer.module)
         layer = self._layers[number]
+        first_row = self.first_sample * len(call.inputs) // samples
         with torch.no_grad():
-            for columns_GKR, scale in _chunks(call, layer.rows) if self.inputs else ():
+            for columns_GKR, scale in _chunks(call, first_row) if self.inputs else ():
                 for block in layer.blocks:
                     block.add(columns_GKR, scale)
         outputs = result[0].numel() // len(call.weight)
-        layer.rows += len(call.inputs)
         layer.samples += samples
         layer.positions = outputs * len(result) / samples
         if self.gradients and result.requires_grad:
@@ -187,6 +189,36 @@ class LayerWatch:
             flat_GOR = grad.movedim(axis, 0).reshape(groups, outputs, -1) * samples
             product_GOO = (flat_GOR @ flat_GOR.transpose(1, 2)).double() / layer.positions
             layer.gradient_GOO = product_GOO if layer.gradient_GOO is None else layer.gradient_GOO + product_GOO
+
+    def forget(self) -> None:
+        """Let what was added up so far not count; which layers there are stays known."""
+        for layer in self._layers.values():
+            layer.samples, layer.gradient_GOO = 0, None
+            for block in layer.blocks:
+                block.gram_KK.zero_()
+                block.sum_K.zero_()
+
+    def merge(self, place: Place, last: int) -> None:
+        """Add up what all processes saw.
+
+        Args:
+            place: Which process this is.
+            last: The process that saw the last batch.
+        """
+        layers = self._in_order()
+        seen = place.share([(layer.samples, layer.positions) for layer in layers])
+        for number, layer in enumerate(layers):
+            layer.samples = sum(of_process[number][0] for of_process in seen)
+            layer.positions = seen[last][number][1]
+            layer.weight_GOK = place.first(layer.weight_GOK)
+            for block in layer.blocks if self.inputs else ():
+                place.sum(block.gram_KK)
+                place.sum(block.sum_K)
+            if self.gradients:
+                if layer.gradient_GOO is None:
+                    groups, outputs = layer.weight_GOK.shape[:2]
+                    layer.gradient_GOO = layer.weight_GOK.new_zeros(groups, outputs, outputs, dtype=torch.float64)
+                place.sum(layer.gradient_GOO)
 
     def input_moments(self) -> tuple[LayerMoments, ...]:
         """Give what was added up of inputs, in the order of the calls.

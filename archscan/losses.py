@@ -4,6 +4,7 @@ A loss calls the model itself, so that any model and any batch fit. Classificati
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -43,18 +44,32 @@ def classification_loss(model: nn.Module, batch: Batch) -> Tensor:
     return cross_entropy(logits, labels)
 
 
-def sampled_label_loss(seed: int) -> LossFn:
+@dataclass(frozen=True, eq=False)
+class SampledLabelLoss:
+    """See `sampled_label_loss`."""
+
+    seed: int
+    _draw: torch.Generator = field(default_factory=torch.Generator)
+
+    def seek(self, sample: int) -> None:
+        """Go to the numbers that are drawn for a sample and those after it, wherever the draws are."""
+        self._draw.manual_seed(self.seed)
+        torch.rand(sample, 1, dtype=torch.float64, generator=self._draw)
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Compute the mean cross-entropy with drawn labels."""
+        images = batch[0] if isinstance(batch, (tuple, list)) else batch
+        return drawn_label_loss(logits_of(model(images)), self._draw)
+
+
+def sampled_label_loss(seed: int) -> SampledLabelLoss:
     """Make a loss that ignores a batch's labels and draws them from the model's own predictions.
 
     Gate gradients of it are those of the true Fisher (Martens 2020, section 5), for data of classes that the model does
     not have. A batch is a tensor of images, or a tuple or list that starts with one.
     """
-    draw = torch.Generator().manual_seed(seed)
-
-    def loss(model: nn.Module, batch: Batch) -> Tensor:
-        images = batch[0] if isinstance(batch, (tuple, list)) else batch
-        return drawn_label_loss(logits_of(model(images)), draw)
-
+    loss = SampledLabelLoss(seed)
+    loss.seek(0)
     return loss
 
 

@@ -31,13 +31,15 @@ from archscan.options import (
     default_criterion,
 )
 from archscan.planner import Budget, Plan
+from archscan.processes import Place, joined
 from archscan.recipes import split_file_name
+from archscan.remarks import Images, data_of, notes_of, warnings_of, weights_of
 from archscan.report import model as numbers
 from archscan.report.model import Evaluation, Report, Saved
 from archscan.results import Context, SlimResult, SlimSettings, report_of, report_of_scan, save_result
 from archscan.saved import is_saved, open_original, open_saved, read_result
 from archscan.slimming import Stopwatch, analyse, has_batchnorm, reads_images, slim
-from archscan.sources import Subject, WeightsInfo, list_networks, open_subject
+from archscan.sources import Subject, list_networks, open_subject
 from archscan.widths import WidthRule
 
 SYNTHETIC = "synthetic"
@@ -86,21 +88,6 @@ class Batches:
         return -(-len(self.images) // self.images.batch_size)
 
 
-@dataclass(frozen=True, eq=False)
-class _Images:
-    """The images of one slimming.
-
-    Attributes:
-        calibration: What to score and to repair on; None where nothing looks at images.
-        evaluation: What to measure accuracy on; None where it is not asked for.
-        labels_fit: Whether the calibration labels are classes of the model.
-    """
-
-    calibration: ImageSet | None
-    evaluation: ImageSet | None
-    labels_fit: bool
-
-
 # --- archscan MODEL -------------------------------------------------------------------------------------------------
 
 
@@ -108,12 +95,18 @@ class _Images:
 def slim_command(options: SlimOptions, progress: ProgressFactory) -> Saved:
     """Run ``archscan MODEL``: open, score, plan, rebuild, prove, repair, measure, save.
 
+    Under ``torchrun`` all processes do the same, but that they share the scoring and that the first one writes.
+
     Raises:
         ArchscanError: Something asked for cannot be had; nothing is written then.
     """
+    with joined(use_machine(options.run)) as place, place.together():
+        return _slim_and_save(options, place, progress)
+
+
+def _slim_and_save(options: SlimOptions, place: Place, progress: ProgressFactory) -> Saved:
     _check_options(options)
-    watch = Stopwatch()
-    device = use_machine(options.run)
+    watch, device = Stopwatch(), place.device
     with watch.stage("open"), progress(f"Opening {options.model.name}") as step:
         step(0, 0)
         subject = _open(options.model, options)
@@ -126,33 +119,43 @@ def slim_command(options: SlimOptions, progress: ProgressFactory) -> Saved:
     if options.recover is None and recover == "ls" and len(images.calibration or ()) < LEAST_SAMPLES:
         recover = "bn"
     model = subject.model.to(device)
-    notes = list(_notes(options, images, recover))
+    notes = list(notes_of(options, images, _named(options, recover)))
     if options.criterion == AUTO:
         with watch.stage("audit"):
-            choice = _choice(options, replace(subject, model=model), images, progress)
+            choice = place.share(_choice(options, replace(subject, model=model), images, progress))[0]
         options = replace(options, criterion=choice.name)
         notes.append(choice.sentence())
-    result = _slim(options, replace(subject, model=model), images, recover, progress)
+    result = _slim(options, replace(subject, model=model), images, recover, place, progress)
     result = replace(result, plan=_with_source(result, subject, images, options), history=history)
     accuracy = _accuracy(model, result.model, images.evaluation, watch, progress)
     context = Context(
         model=subject.name,
         input_shape=tuple(subject.example_input.shape[1:]),
-        weights=_weights(subject.weights),
-        data=_data(images),
+        weights=weights_of(subject.weights),
+        data=data_of(images),
         accuracy=accuracy,
-        warnings=tuple(_warnings(subject.weights, images)),
+        warnings=tuple(warnings_of(subject.weights, images)),
         notes=tuple(notes),
-        device=str(device),
+        device=device.type,
         command_line=options.command_line,
     )
     result = replace(result, model=result.model.cpu(), seconds={**watch.seconds, **result.seconds})
     report = report_of(result, context)
+    place.share(None)  # nobody writes before all have come this far
+    if place.is_first:
+        report = _write(options, subject, result, report, folder, progress)
+    place.share(None)
+    return Saved(report, folder.expanduser())
+
+
+def _write(
+    options: SlimOptions, subject: Subject, result: SlimResult, report: Report, folder: Path, progress: ProgressFactory
+) -> Report:
     save_result(result, report, folder, overwrite=options.output.overwrite)
     if options.exports:
         pair = Pair(subject.model.cpu(), result.model, report)
         report = export_pair(folder.expanduser(), pair, subject.example_input, options.exports, progress=progress)
-    return Saved(report, folder.expanduser())
+    return report
 
 
 def _check_options(options: SlimOptions) -> None:
@@ -192,7 +195,7 @@ def _named(options: SlimOptions, recover: Recovery) -> str:
     return default_criterion(recover) if options.criterion in (None, AUTO) else options.criterion
 
 
-def _choice(options: SlimOptions, subject: Subject, images: _Images, progress: ProgressFactory) -> Choice:
+def _choice(options: SlimOptions, subject: Subject, images: Images, progress: ProgressFactory) -> Choice:
     """Let a short audit on the calibration images choose the criterion."""
     if images.calibration is None or not images.labels_fit:
         raise BadInput(
@@ -206,7 +209,7 @@ def _choice(options: SlimOptions, subject: Subject, images: _Images, progress: P
         )
 
 
-def _read_images(options: SlimOptions, subject: Subject, recover: Recovery, progress: ProgressFactory) -> _Images:
+def _read_images(options: SlimOptions, subject: Subject, recover: Recovery, progress: ProgressFactory) -> Images:
     data = options.data
     synthetic = data.source == SYNTHETIC
     calibration = evaluation = None
@@ -231,7 +234,7 @@ def _read_images(options: SlimOptions, subject: Subject, recover: Recovery, prog
                 data.eval_source, subject.preprocessing, batch_size=data.batch_size, progress=step
             )
         _require_labels(evaluation, subject.num_classes, f"--eval-data {data.eval_source}")
-    return _Images(calibration, evaluation, calibration is not None and calibration.labels_fit(subject.num_classes))
+    return Images(calibration, evaluation, calibration is not None and calibration.labels_fit(subject.num_classes))
 
 
 def _require_labels(images: ImageSet, num_classes: int, source: str) -> None:
@@ -243,7 +246,12 @@ def _require_labels(images: ImageSet, num_classes: int, source: str) -> None:
 
 
 def _slim(
-    options: SlimOptions, subject: Subject, images: _Images, recover: Recovery, progress: ProgressFactory
+    options: SlimOptions,
+    subject: Subject,
+    images: Images,
+    recover: Recovery,
+    place: Place,
+    progress: ProgressFactory,
 ) -> SlimResult:
     budget, seed = options.budget, options.run.seed
     calibration = images.calibration
@@ -260,10 +268,11 @@ def _slim(
         settings=SlimSettings(rule, budget.protect, recover, seed, options.rounds, options.set_effects),
         recipe=subject.recipe,
         progress=progress,
+        place=place,
     )
 
 
-def _with_source(result: SlimResult, subject: Subject, images: _Images, options: SlimOptions) -> Plan:
+def _with_source(result: SlimResult, subject: Subject, images: Images, options: SlimOptions) -> Plan:
     """Add to a plan what makes its folder open again by itself."""
     provenance = {
         **result.plan.provenance,
@@ -286,41 +295,6 @@ def _accuracy(
         with progress("Evaluating the slim network") as step:
             after = top_one(slim_model, Batches(images), step)
     return numbers.Accuracy(before.accuracy, after.accuracy, after.samples)
-
-
-def _weights(info: WeightsInfo) -> numbers.Weights:
-    return numbers.Weights(info.kind, info.origin, info.reason)
-
-
-def _data(images: _Images) -> numbers.Data | None:
-    found = images.calibration
-    if found is None:
-        return None
-    labels = "dataset" if images.labels_fit else "model"
-    return numbers.Data(found.kind, len(found), len(found.classes), labels, found.skipped)
-
-
-def _warnings(weights: WeightsInfo, images: _Images) -> Iterator[str]:
-    if weights.kind == "random":
-        yield f"{numbers.RANDOM_WEIGHTS}, so the scores reflect initialisation, not training ({weights.reason})."
-    elif weights.kind == "pretrained" and weights.reason:
-        yield f"{weights.reason[0].upper()}{weights.reason[1:]}; train it before the scores mean much."
-    if images.calibration is not None and images.calibration.is_synthetic:
-        yield f"{numbers.NOISE}, so the scores say little about real images; pass --data."
-
-
-def _notes(options: SlimOptions, images: _Images, recover: Recovery) -> Iterator[str]:
-    calibration = images.calibration
-    if calibration is not None and not images.labels_fit and reads_images(_named(options, recover)):
-        why = "noise has none" if calibration.is_synthetic else "the classes of the data are not the model's"
-        yield f"Labels were drawn from the model's own predictions (the true Fisher), since {why}."
-    for what, found in (("calibration", calibration), ("evaluation", images.evaluation)):
-        if found is not None and found.skipped:
-            names = ", ".join(found.skipped[:3]) + (f" and {len(found.skipped) - 3} more" * (len(found.skipped) > 3))
-            yield f"{len(found.skipped)} {what} images could not be read and were skipped: {names}."
-    wanted = options.data.samples
-    if calibration is not None and wanted is not None and len(calibration) < wanted:
-        yield f"There were only {len(calibration)} of the {wanted} calibration images asked for."
 
 
 # --- the other commands ---------------------------------------------------------------------------------------------

@@ -25,10 +25,12 @@ from archscan.groups import couple
 from archscan.losses import LossFn, classification_loss, sampled_label_loss
 from archscan.options import DEFAULT_CRITERION, SYNTHETIC_SAMPLES, ProgressFactory, default_criterion
 from archscan.planner import Budget, Plan, protect, uniform_plan
+from archscan.processes import Place
 from archscan.recipes import Recipe
 from archscan.recognise import recognise
 from archscan.results import Analysis, SlimResult, SlimSettings
 from archscan.rounds import Round, budgets
+from archscan.sharding import ALONE
 from archscan.stages import QUADRATIC, Calibration, Done, Job, Stopwatch, run_round
 from archscan.surgery import named_tensors
 from archscan.weights import check_finite
@@ -66,6 +68,7 @@ def slim(
     settings: SlimSettings | None = None,
     recipe: Recipe | None = None,
     progress: ProgressFactory = silent,
+    place: Place = ALONE,
 ) -> SlimResult:
     """Slim a network to a budget; the model is not modified, and neither are the global random generators.
 
@@ -83,6 +86,7 @@ def slim(
         recipe: How the model's architecture was built; None to find out, which is done for the networks of timm,
             torchvision and archscan.
         progress: Opens progress bars.
+        place: Which process this is, of those that slim the same network together and share its scoring.
 
     Returns:
         The slim network, in eval mode, with its plan and proof; ``save`` writes a folder that `archscan.load` opens.
@@ -101,7 +105,7 @@ def slim(
         raise BadInput(f"criterion {names[0]!r} has no set effects; choose {', '.join(QUADRATIC)}, or 'additive'")
     device = _checked_device(model)
     example_input = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, example_input)
-    job = Job(model, example_input, budget, names, settings, Stopwatch(), progress)
+    job = Job(model, example_input, budget, names, settings, Stopwatch(), progress, place)
     calibration = _calibration(job, data, loss_fn)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(settings.seed)

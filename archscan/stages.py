@@ -23,6 +23,7 @@ from archscan.gates import Need, collect
 from archscan.losses import LossFn
 from archscan.options import ProgressFactory
 from archscan.planner import Budget
+from archscan.processes import Place
 from archscan.rebuild import Rebuilt
 from archscan.reconstruct import Repaired, repair
 from archscan.recount import recount
@@ -31,6 +32,7 @@ from archscan.replan import Fitted, Wish, plan_and_rebuild
 from archscan.results import Analysis, Scored, SlimSettings
 from archscan.rounds import Round, gone_units, remaining
 from archscan.set_effects import SetEffects, set_effects
+from archscan.sharding import ALONE
 from archscan.verify import Verification, check_price, prove
 
 __all__ = ["QUADRATIC", "Calibration", "Done", "Job", "Stopwatch", "run_round"]
@@ -78,6 +80,7 @@ class Job:
     settings: SlimSettings
     watch: Stopwatch
     progress: ProgressFactory
+    place: Place = ALONE
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,8 +179,8 @@ def _scored(job: Job, name: str, at: Analysis | Done, calibration: Calibration, 
         model, coupling = at.model, remaining(coupling, at.fitted.plan.kept)
     needs = find_criterion(name).needs
     with job.watch.stage("saliency"), job.progress(f"Scoring channels by {name}{where}") as step:
-        batches, loss_fn = calibration.batches, calibration.loss_fn
-        statistics = collect(model, coupling, batches, loss_fn, needs, seed=job.settings.seed, progress=step)
+        batches, loss_fn, seed = calibration.batches, calibration.loss_fn, job.settings.seed
+        statistics = collect(model, coupling, batches, loss_fn, needs, seed=seed, progress=step, place=job.place)
         saliency_U, effects = score(name, statistics), None
         if job.settings.set_effects == "quadratic":
             effects = set_effects(statistics.require(QUADRATIC[name]))

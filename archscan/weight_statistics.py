@@ -70,3 +70,17 @@ def group_of_unit(coupling: Coupling) -> np.ndarray:
     for number, group in enumerate(coupling.groups):
         group_U[np.asarray(group.units).reshape(-1)] = number
     return group_U
+
+
+def weight_statistics(model: nn.Module, coupling: Coupling, needs: Collection[str]) -> dict[str, np.ndarray]:
+    """Compute the statistics that no batch is needed for, and those that `sharpness` reads."""
+    found: dict[str, np.ndarray] = {}
+    if "weight_norm" in needs:
+        found["weight_norm"] = weight_norm(model, coupling)
+    if "bn_scale" in needs:
+        found["bn_scale"] = bn_scale(model, coupling)
+    if "group" in needs or "sharpness" in needs:
+        found["group"] = group_of_unit(coupling)
+    if "read_norm" in needs or "sharpness" in needs:
+        found["read_norm"] = read_norm(model, coupling)
+    return found

@@ -32,7 +32,7 @@ from archscan.evaluation import top_one  # isort: skip
 from archscan.sources import Subject, open_subject  # isort: skip
 from archscan.training import TrainSettings, open_epochs, train  # isort: skip
 from archscan.training.images import AugmentedImages  # isort: skip
-from archscan.training.processes import Place  # isort: skip
+from archscan.processes import Place  # isort: skip
 
 NETWORKS = ("resnet20_cifar", "resnet56_cifar")
 RATIOS = (0.5, 0.3)

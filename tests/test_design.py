@@ -10,17 +10,17 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "archscan"
 
 FLOW = (
-    *("errors", "torchvision_ops"),
+    *("errors", "torchvision_ops", "processes"),
     *("reference_nets", "recipes", "weights", "hubs", "sources", "data"),
     *("meta_shapes", "graph", "capture", "coupling", "sizes", "groups", "ties"),
     *("mac_table", "costs"),
-    *("losses", "weight_statistics", "layer_statistics", "sharpness", "probes", "gates", "criteria"),
+    *("losses", "weight_statistics", "layer_statistics", "sharpness", "probes", "sharding", "gates", "criteria"),
     *("widths", "search", "set_effects", "planner", "bottlenecks"),
     *("surgery", "divergence", "follow", "rebuild", "settle", "rounds"),
     *("recover", "rehearsal", "lockstep", "least_squares", "heldout", "reconstruct"),
     *("same_statistics", "verify", "fold", "recount", "recognise", "saving", "evaluation"),
     *("options", "report", "results", "saved", "timm_entrypoint", "exporters", "training"),
-    *("replan", "stages", "slimming", "audit", "pipeline", "auditing"),
+    *("replan", "stages", "slimming", "audit", "remarks", "pipeline", "auditing"),
     *("arguments", "commands", "cli", "__main__"),
 )
 """Files in the order in which data flow through them; each imports only from files before it."""

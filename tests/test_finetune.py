@@ -28,7 +28,8 @@ from torch import nn
 
 import archscan
 from archscan import saving, training
-from archscan.errors import BadInput
+from archscan.errors import BadInput, OtherEnded
+from archscan.processes import Place
 from archscan.report.training import EpochRow, Moment
 from archscan.sources import Preprocessing
 from archscan.training import TrainSettings, train
@@ -41,7 +42,6 @@ from archscan.training.checkpoints import (
 )
 from archscan.training.distillation import distillation_loss
 from archscan.training.images import open_epochs, seeded_everywhere
-from archscan.training.processes import Place
 from archscan.training.settings import choose, choose_batch_size
 from archscan.training.trainer import Job, Teacher, named_tensors, run
 
@@ -453,7 +453,7 @@ def test_two_processes_do_the_work_of_one_and_notice_a_death(monkeypatch, one_th
     with subprocess.Popen(other, cwd=ROOT, env={**os.environ, "RANK": "1", "OMP_NUM_THREADS": "1"}) as process:
         both = train(Plain(), "digits", preprocessing=SMALL, settings=settings_of())
         monkeypatch.setenv("MASTER_PORT", second)
-        with pytest.raises(BadInput, match="another process of this run ended"):
+        with pytest.raises(OtherEnded, match="another process of this run ended"):
             train(Plain(), "digits", preprocessing=SMALL, settings=settings_of(), teacher=Dies(0))
     assert process.returncode == 9
     assert both.history.processes == 2

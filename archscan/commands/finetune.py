@@ -94,8 +94,8 @@ def run(parsed: argparse.Namespace, command_line: str) -> None:
     """Train, save, and print the report; under ``torchrun`` the first process prints."""
     from archscan import pipeline
     from archscan.commands.training_view import watching
+    from archscan.errors import is_first
     from archscan.training import Request, TrainSettings, finetune_folder
-    from archscan.training.processes import is_first
 
     output = printing(parsed) if is_first() else OutputOptions(quiet=True)
     settings = TrainSettings(

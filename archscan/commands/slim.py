@@ -2,6 +2,7 @@
 
 import argparse
 import shlex
+from dataclasses import replace
 
 from archscan.arguments import (
     Parser,
@@ -18,7 +19,7 @@ from archscan.arguments import (
 )
 from archscan.commands.export import add_export
 from archscan.commands.printing import print_report, progress_for
-from archscan.errors import BadInput
+from archscan.errors import BadInput, is_first, said_once
 from archscan.options import (
     DEFAULT_CRITERION,
     DEFAULT_ROUNDS,
@@ -124,12 +125,15 @@ def read_options(parsed: argparse.Namespace, command_line: str) -> SlimOptions:
 
 
 def run(parsed: argparse.Namespace, command_line: str) -> None:
-    """Slim, save, and print the report."""
-    options = read_options(parsed, command_line)
+    """Slim, save, and print the report; under ``torchrun`` the first process prints."""
+    with said_once():
+        options = read_options(parsed, command_line)
     from archscan import pipeline
 
-    saved = pipeline.slim_command(options, progress_for(options.output))
-    print_report(saved.report, options.output, saved.folder)
+    shown = options.output if is_first() else replace(options.output, quiet=True)
+    saved = pipeline.slim_command(options, progress_for(shown))
+    if is_first():
+        print_report(saved.report, options.output, saved.folder)
 
 
 def _budget(parsed: argparse.Namespace) -> BudgetOptions:

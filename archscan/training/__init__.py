@@ -1,7 +1,7 @@
 """Train a network after it was slimmed: model or saved folder, images → the same network with better weights.
 
 What flows through the files: `settings` and `images` say what is trained how, `distillation` who teaches, `trainer`
-does it, `checkpoints` remember it, `folder` makes a saved result of it; `processes` lets many machines do it together.
+does it, in one process or many, `checkpoints` remember it, `folder` makes a saved result of it.
 
 The decision that is not obvious: there is one function for a network and for a saved folder, since both are the same
 work; the folder knows by itself how its images are prepared and which dense network taught it.
@@ -17,12 +17,12 @@ from torch import nn
 
 from archscan.data import ImageSet, evaluation_images
 from archscan.errors import BadInput
+from archscan.processes import Place, joined
 from archscan.report.training import EpochRow, Moment, TrainingRun
 from archscan.sources import Preprocessing
 from archscan.training.distillation import Teacher
-from archscan.training.folder import Request, finetune_folder, finetune_saved
+from archscan.training.folder import RESUME, Request, finetune_folder, finetune_saved
 from archscan.training.images import AugmentedImages, Epochs, given_batches, open_epochs
-from archscan.training.processes import Place, joined
 from archscan.training.settings import TrainSettings
 from archscan.training.trainer import Job, Trained, run
 
@@ -112,7 +112,7 @@ def train(
     """
     settings = settings or TrainSettings()
     home = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
-    with joined(device or home) as place:
+    with joined(device or home, RESUME) as place:
         evaluation = _evaluation(eval_data, preprocessing)
         named = Teacher(teacher, "none" if teacher is None else "a given network")
         images = _epochs(data, preprocessing, settings, place, evaluates=evaluation is not None)

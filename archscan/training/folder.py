@@ -20,6 +20,7 @@ from archscan.data import ImageSet, evaluation_images
 from archscan.errors import BadInput
 from archscan.evaluation import top_one
 from archscan.options import ProgressCallback, ProgressFactory
+from archscan.processes import Place, joined
 from archscan.report.html import render_html
 from archscan.report.model import Accuracy, Report, Saved
 from archscan.report.training import Moment, TrainingRun
@@ -28,7 +29,6 @@ from archscan.sources import Subject
 from archscan.training.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
 from archscan.training.distillation import open_teacher
 from archscan.training.images import AugmentedImages, open_epochs
-from archscan.training.processes import Place, joined
 from archscan.training.settings import TrainSettings
 from archscan.training.trainer import Job, Trained, run
 
@@ -65,6 +65,10 @@ class Request:
     command_line: str = ""
 
 
+RESUME = "go on from the last epoch with --resume"
+"""What to do when a process of the run is lost."""
+
+
 @contextmanager
 def silent(_: str) -> Iterator[ProgressCallback]:
     """Show no progress."""
@@ -79,7 +83,7 @@ def finetune_folder(
     Raises:
         BadInput: Something asked for cannot be had; no result is written then.
     """
-    with joined(request.device) as place:
+    with joined(request.device, RESUME) as place:
         target = (request.output or Path(f"{request.folder}-finetuned")).expanduser()
         saving.check_target(target, overwrite=request.overwrite)
         work = _Work(target.resolve())

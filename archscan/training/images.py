@@ -25,8 +25,8 @@ from torchvision import transforms
 from archscan.data import _UNREADABLE, ImageSet, calibration_images, training_images
 from archscan.errors import BadInput
 from archscan.options import ProgressCallback
+from archscan.processes import Place
 from archscan.sources import Preprocessing
-from archscan.training.processes import Place
 from archscan.training.settings import SMALL_SIDE_PIXELS, TrainSettings, choose_batch_size
 
 _CROP_AREA = (0.25, 1.0)

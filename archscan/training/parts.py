@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from archscan.errors import BadInput
-from archscan.training.processes import Place
+from archscan.processes import Place
 from archscan.training.settings import Hyperparameters
 
 _MOMENTUM = 0.9

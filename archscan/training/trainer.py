@@ -24,12 +24,12 @@ from archscan.data import ImageSet
 from archscan.errors import BadInput
 from archscan.evaluation import top_one
 from archscan.losses import logits_of
+from archscan.processes import Place
 from archscan.report.training import EpochRow, Moment, TrainingRun
 from archscan.training.checkpoints import Checkpoint, copy_into, named_tensors, pack_optimizer, unpack_optimizer
 from archscan.training.distillation import Teacher, distillation_loss
 from archscan.training.images import Epochs, seeded_everywhere
 from archscan.training.parts import Meters, amp_dtype, check_labels, eval_mode, make_optimizer, moved, parallel
-from archscan.training.processes import Place
 from archscan.training.settings import Hyperparameters, TrainSettings, choose
 
 _LEAST_LR_SHARE = 0.01

@@ -1,8 +1,8 @@
 """The processes of one run: environment that ``torchrun`` sets → `Place`.
 
-Without ``torchrun`` there is one process and nothing is set up. The decision that is not obvious: what the others see
-when a process dies is an exception of the transport; it is turned into one sentence, since the cause is written by the
-process that died.
+Without ``torchrun`` there is one process and nothing is set up. The decision that is not obvious: a process that
+refuses something says so to the others wherever they meet next, so that all end with its sentence and none waits. Only
+of one that died do the others see an exception of the transport, which is turned into a sentence too.
 """
 
 import os
@@ -10,14 +10,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, distributed
 
-from archscan.errors import BadInput
+from archscan.errors import ArchscanError, BadInput, OtherEnded, said_once
 
 _LONGEST_WAIT = timedelta(minutes=10)
+_Value = TypeVar("_Value")
 _LOST = ("connection closed", "connection reset", "gloo", "nccl", "broken pipe", "timed out")
+
+
+@dataclass(frozen=True)
+class _Refusal:
+    """What a process ends with, in place of a value to share."""
+
+    sentence: str
 
 
 @dataclass(frozen=True)
@@ -45,26 +54,58 @@ class Place:
             distributed.all_reduce(values)
         return values
 
+    def first(self, values: Tensor) -> Tensor:
+        """Give the first process's tensor to all; the one passed stays as it is."""
+        if self.count == 1:
+            return values
+        values = values.detach().clone(memory_format=torch.contiguous_format)
+        distributed.broadcast(values, 0)
+        return values
+
+    def share(self, value: _Value) -> list[_Value]:
+        """Give every process's value to all, in the order of the processes.
+
+        Raises:
+            OtherEnded: One of them is about to end, see `together`.
+        """
+        if self.count == 1:
+            return [value]
+        found: list[Any] = [None] * self.count
+        distributed.all_gather_object(found, value)
+        for rank, each in enumerate(found):
+            if isinstance(each, _Refusal) and not isinstance(value, _Refusal):
+                raise OtherEnded(f"process {rank} of this run: {each.sentence}")
+        return cast("list[_Value]", found)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """End all processes where one refuses something; they hear of it where they share next."""
+        with said_once():
+            try:
+                yield
+            except OtherEnded:
+                raise
+            except ArchscanError as error:
+                self.share(_Refusal(str(error)))
+                raise
+
     def wait(self) -> None:
         """Wait for all processes."""
         if self.count > 1:
             self.sum(torch.zeros(1, device=self.device))
 
 
-def is_first() -> bool:
-    """Say whether this process is the one that prints, before any connection is made."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
 @contextmanager
-def joined(device: torch.device) -> Iterator[Place]:
+def joined(device: torch.device, remedy: str = "start it again") -> Iterator[Place]:
     """Connect this process to the others that ``torchrun`` started, and part from them at the end.
 
     Args:
         device: Kind of device; with CUDA, each process on a machine has its own.
+        remedy: What to do when another process is lost.
 
     Raises:
-        BadInput: There are more processes than GPUs, they cannot connect, or another one ended.
+        BadInput: There are more processes than GPUs, or they cannot connect.
+        OtherEnded: Another one ended.
     """
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
@@ -88,9 +129,9 @@ def joined(device: torch.device) -> Iterator[Place]:
     except RuntimeError as error:
         if not any(word in str(error).lower() for word in _LOST):
             raise
-        raise BadInput(
+        raise OtherEnded(
             f"another process of this run ended or cannot be reached ({_first_line(error)}); see what it wrote, and "
-            "go on from the last epoch with --resume"
+            f"{remedy}"
         ) from error
     finally:
         distributed.destroy_process_group()
