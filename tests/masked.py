@@ -2,14 +2,12 @@
 
 import copy
 import random
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from archscan.groups import Coupling
-
-Kept = dict[str, tuple[tuple[int, ...], ...]]
+from archscan.surgery import Kept
 
 
 def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -31,14 +29,14 @@ def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
 def random_kept(coupling: Coupling, seed: int) -> Kept:
     """Keep a random number of steps of every live group, chosen anew in each fibre."""
     rng = random.Random(seed)
-    kept: Kept = {}
+    kept: dict[str, tuple[tuple[int, ...], ...]] = {}
     for group in coupling.groups:
         count = group.steps if group.frozen else rng.randint(1, group.steps)
         kept[group.name] = tuple(tuple(sorted(rng.sample(range(group.steps), count))) for _ in group.units)
     return kept
 
 
-def removed_units(coupling: Coupling, kept: Mapping[str, tuple[tuple[int, ...], ...]]) -> set[int]:
+def removed_units(coupling: Coupling, kept: Kept) -> set[int]:
     """Units that a plan removes."""
     removed: set[int] = set()
     for group in coupling.groups:

@@ -23,7 +23,6 @@ from archscan.groups import Coupling, couple
 from archscan.rebuild import rebuild
 from archscan.same_statistics import run_with_same_statistics
 from archscan.settle import narrowed, settle
-from archscan.surgery import Kept
 from tests import random_layers as layers
 from tests.masked import masked, random_kept, randomised
 
@@ -256,7 +255,7 @@ def check(program: Program, seed: int) -> Outcome:
         coupling = couple(model, x)
     except (UnsupportedOp, BadInput) as error:
         return Outcome("refused", _clear(error))
-    kept: Kept = random_kept(coupling, seed)
+    kept = random_kept(coupling, seed)
     try:
         slim = rebuild(model, x, coupling, kept).model.eval()
     except CannotFollow:
