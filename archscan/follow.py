@@ -151,7 +151,11 @@ def _aligned(
 
 
 def _pairs_at(graph: Graph, predicted: Predicted, hints: Hints, at: int) -> list[tuple[int, int]]:
-    return _differing(hints.get(at, ())) or _changes(graph, predicted, graph.nodes[at])
+    """List the changed sizes of an op: its counts of channels, or those of its tensors; of a copy, its reader's too."""
+    copies = str(graph.nodes[at].op) == "aten.clone.default"
+    shown = graph.nodes[at : at + 2] if copies else graph.nodes[at : at + 1]
+    sizes = dict.fromkeys(pair for node in shown for pair in _changes(graph, predicted, node))
+    return _differing(hints.get(at, ())) or list(sizes)
 
 
 def _candidates(

@@ -259,9 +259,9 @@ def check(program: Program, seed: int) -> Outcome:
     try:
         slim = rebuild(model, x, coupling, kept).model.eval()
     except CannotFollow:
-        coupling = settle(model, x, coupling, kept).coupling
-        kept = narrowed(coupling, seed)
         try:
+            coupling = settle(model, x, coupling, kept).coupling
+            kept = narrowed(coupling, seed)
             slim = rebuild(model, x, coupling, kept).model.eval()
         except CannotFollow as error:
             return Outcome("cannot follow", _clear(error))

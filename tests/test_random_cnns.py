@@ -33,3 +33,8 @@ def test_every_head_and_rank_is_proven(dims, head):
     outcome = check(Program(dims, listed, head, nested=True), seed=1)
     assert outcome.kind == "equal"
     assert outcome.removed
+
+
+def test_zeros_after_channels_that_were_last_can_follow():
+    listed = (Instruction("channels_last", variant=3), Instruction("channels_last", variant=2), Instruction("pad"))
+    assert check(Program(instructions=listed), seed=0).kind == "equal with the same statistics"

@@ -319,7 +319,7 @@ def pad(walk: Walk, node: Node) -> Sequence[Planes]:
         small = planes.compress(plane)
         for pair in range(len(amounts) // 2):
             axis, before, after = plane.ndim - 1 - pair, amounts[2 * pair], amounts[2 * pair + 1]
-            if axis not in axes:
+            if axis not in axes or not (before or after):
                 continue
             if before < 0 or after < 0:
                 walk.record.freeze(plane, f"cropped by a negative padding ({walk.where(node)})")
