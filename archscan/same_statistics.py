@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from archscan.coupling.statistics import axis_argument
 from archscan.graph import Node, leaves_of
 from archscan.groups import Coupling
 
@@ -34,7 +35,7 @@ Run = Callable[[nn.Module], list[Tensor]]
 """Runs a network on the inputs of the comparison and lists its outputs."""
 
 _NORMS = {"LayerNorm": "native_layer_norm", "GroupNorm": "native_group_norm"}
-_SPREADS = frozenset({"var", "std", "var_mean", "std_mean", "linalg_vector_norm", "prod"})
+_SPREADS = frozenset({"var", "std", "var_mean", "std_mean", "linalg_vector_norm", "norm", "prod"})
 """Reductions whose (first) result is divided by: its constant is 1."""
 
 
@@ -111,7 +112,7 @@ def _kind(coupling: Coupling, node: Node) -> Kind:
     name, data = _name(node.op), node.args[0]
     if name.startswith("native") or name == "convolution":
         return "played back"
-    position = 2 if name == "linalg_vector_norm" else 1
+    position = axis_argument(name)
     axes = node.args[position] if len(node.args) > position else node.kwargs.get("dim")
     sizes = coupling.sizes(data.value)
     over = range(len(sizes)) if axes is None or axes == [] else [axes] if isinstance(axes, int) else axes

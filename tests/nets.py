@@ -118,6 +118,21 @@ class Shuffle(nn.Module):
         return self.fc(torch.cat([first, self.again(second)], 1).mean((2, 3)))
 
 
+class NativeShuffle(nn.Module):
+    """`nn.ChannelShuffle` before a grouped convolution, and a transposed convolution with weight norm over axis 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.shuffle = nn.Conv2d(3, 12, 1), nn.ChannelShuffle(2)
+        self.conv2 = nn.Conv2d(12, 8, 1, groups=2)
+        self.up = nn.utils.parametrizations.weight_norm(nn.ConvTranspose2d(8, 6, 2, stride=2), dim=1)
+        self.fc = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv2(self.shuffle(F.relu(self.conv1(x))))
+        return self.fc(F.relu(self.up(F.relu(x))).mean((2, 3)))
+
+
 class Split(nn.Module):
     """Pieces of equal width, each with a convolution of its own, as in Res2Net; the width is an attribute."""
 
@@ -594,6 +609,7 @@ CASES = {
     "grouped-whole": Case(lambda: Grouped(8), ("conv1 1x8", "conv3 1x6")),
     "squeeze-excite": Case(SqueezeExcite, ("conv1 1x8", "reduce 1x4", "conv2 1x6")),
     "shuffle": Case(Shuffle, ("left 2x4", "again 1x8")),
+    "native-shuffle": Case(NativeShuffle, ("conv1 2x3", "conv2 2x4", "up 1x6"), mixing=True),
     "split": Case(Split, ("conv1 3x6", "convs.1 1x6", "conv3 1x4")),
     "own-sizes": Case(OwnSizes, ("conv 1x6", "conv#2 1x6", "conv#3 1x4", "a 1x8")),
     "flatten": Case(Flatten, ("conv 1x6", "fc1 1x10")),

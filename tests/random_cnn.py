@@ -107,7 +107,7 @@ PATTERNS: Mapping[str, Callable[[int, Tensor, Tensor, int, int], nn.Module]] = {
     "concat": lambda d, x, y, v, w: layers.Concat(d, x, y, v),
     "split": lambda d, x, y, v, w: layers.Split(x.shape[1], v),
     "pick": lambda d, x, y, v, w: layers.Pick(d, x.shape[1], v),
-    "shuffle": lambda d, x, y, v, w: layers.Shuffle(2 if x.shape[1] % 2 == 0 else 1, v % 2),
+    "shuffle": lambda d, x, y, v, w: layers.Shuffle(2 if x.shape[1] % 2 == 0 else 1, v % 3),
     "grouped": lambda d, x, y, v, w: _grouped(d, x.shape[1], v, w),
     "transposed": lambda d, x, y, v, w: _transposed(d, x.shape[1], v, w),
     "squeeze": lambda d, x, y, v, w: layers.SqueezeExcite(d, x.shape[1], v % 3),

@@ -128,13 +128,15 @@ class Pick(nn.Module):
 
 
 class Shuffle(nn.Module):
-    """A channel shuffle, by the batch size of the input or by -1."""
+    """A channel shuffle, by the batch size of the input, by -1, or by the op itself."""
 
     def __init__(self, groups: int, variant: int) -> None:
         super().__init__()
         self.groups, self.variant = groups, variant
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.variant == 2:
+            return F.channel_shuffle(x, self.groups)
         grouped = x.view(len(x), self.groups, x.shape[1] // self.groups, *x.shape[2:]).transpose(1, 2)
         if self.variant:
             return grouped.reshape(len(x), -1, *x.shape[2:])

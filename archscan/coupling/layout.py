@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from archscan.coupling import planes
-from archscan.coupling.labels import Planes, WholeRows
+from archscan.coupling.labels import Grid, Planes, WholeRows
 from archscan.coupling.products import cross
 from archscan.coupling.walk import Count, Walk, op_name, rule, unite_all
 from archscan.graph import Node, Ref
@@ -246,6 +246,20 @@ def resolve_merge(walk: Walk, axes: Tensor, where: str) -> None:
             walk.record.keep_in_step(grid.T, where)
             return
     walk.record.balance(axes, where, rows_may_go=True)
+
+
+@rule("channel_shuffle", "native_channel_shuffle")
+def channel_shuffle(walk: Walk, node: Node) -> Sequence[Planes]:
+    """Shuffle the labels; every group must lose the same places, for the op interleaves them and counts its groups."""
+    groups, results = node.args[1], []
+    for plane in walk.of(node.args[0]):
+        if 1 not in planes.varying(plane):
+            results.append(plane)
+            continue
+        grid = planes.vector(plane, 1).reshape(groups, -1)
+        walk.record.grids.append(Grid(grid, walk.where(node), in_step=True))
+        results.append(planes.along(grid.T.reshape(-1), walk.out_shape(node), 1))
+    return [tuple(results)]
 
 
 @rule("as_strided")

@@ -9,14 +9,19 @@ from archscan.coupling.walk import Walk, op_name, rule, unite_all
 from archscan.graph import Node, Ref
 
 _REDUCTIONS = """mean sum amax amin max min prod any all logsumexp linalg_vector_norm
-    var std var_mean std_mean"""
+    norm var std var_mean std_mean"""
+
+
+def axis_argument(name: str) -> int:
+    """Place of the axes among the arguments of a reduction; a norm's order comes before them."""
+    return 2 if name in ("linalg_vector_norm", "norm") else 1
 
 
 @rule(*_REDUCTIONS.split())
 def reduction(walk: Walk, node: Node) -> Sequence[Planes]:
     """Unite what is reduced to one element; a statistic over the channel axis alone is noted, for it mixes channels."""
     shape, out = walk.shape(node.args[0]), walk.out_shape(node)
-    position = 2 if op_name(node) == "linalg_vector_norm" else 1
+    position = axis_argument(op_name(node))
     axes = node.args[position] if len(node.args) > position else node.kwargs.get("dim")
     reduced = (
         {axis % len(shape) for axis in ([axes] if isinstance(axes, int) else axes or range(len(shape)))}
