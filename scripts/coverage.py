@@ -128,10 +128,15 @@ def sweep_one(network: str, facts: Record, timeout_s: float, peer: bool) -> Reco
     if record is None:
         record = {"network": network, **facts, "problems": [{"check": "process", "cause": f"stopped in {stage}"}]}
     record |= {"module": module_of(network), "wall_s": round(time.monotonic() - start, 1)}
-    if peer and "input" in record:
-        found, stage = run_alone(partial(_peer, record["input"]), network, PEER_TIMEOUT_S)
-        record["peer"] = found or {"error": f"stopped in {stage}"}
-    return record
+    return with_peer(record) if peer else record
+
+
+def with_peer(record: Record) -> Record:
+    """Add what Torch-Pruning does with the same network and input, to the record of a network that could be opened."""
+    if "input" not in record:
+        return record
+    found, stage = run_alone(partial(_peer, record["input"]), record["network"], PEER_TIMEOUT_S)
+    return record | {"peer": found or {"error": f"stopped in {stage}"}}
 
 
 def _commit() -> str:
@@ -160,7 +165,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--again", action="store_true", help="with --resume: run those that failed again")
     parser.add_argument("--report", action="store_true", help="only write the report on the records, with --resume")
     parser.add_argument("--timeout", type=float, default=300.0, help="CPU seconds for each network")
-    parser.add_argument("--peer", action="store_true", help="time Torch-Pruning too")
+    parser.add_argument("--peer", action="store_true", help="time Torch-Pruning too; with --resume, where it lacks")
     parser.add_argument("--output", type=Path, default=Path("reports"))
     return parser.parse_args()
 
@@ -184,14 +189,18 @@ def _sweep(options: argparse.Namespace, networks: list[str], parameters: dict[st
     done = _read(options.output) if options.resume else {}
     if options.again:
         done = {network: record for network, record in done.items() if not record["problems"]}
-    todo = [network for network in networks if network not in done]
+    alone = {network for network, record in done.items() if options.peer and "input" in record and "peer" not in record}
+    todo = [network for network in networks if network not in done or network in alone]
     print(f"{len(networks)} networks, {len(networks) - len(todo)} have a record", flush=True)
     commit = _commit()
     _warm_up()
     with (options.output / "coverage.jsonl").open("a", encoding="utf-8") as file:
         for number, network in enumerate(todo, start=1):
             facts = {"params": parameters[network], "commit": commit}
-            record = sweep_one(network, facts, options.timeout, options.peer)
+            if network in alone:
+                record = with_peer(done[network])
+            else:
+                record = sweep_one(network, facts, options.timeout, options.peer)
             file.write(json.dumps(record) + "\n")
             file.flush()
             print(_line(number, len(todo), record), flush=True)
