@@ -13,10 +13,10 @@ second-order statistics multiply by real gates and go backward twice. `probes` h
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
-from typing import Any, Literal, TypeVar, get_args
+from typing import TypeVar, get_args
 
 import numpy as np
 import torch
@@ -25,9 +25,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
 from archscan.errors import BadInput
+from archscan.gate_statistics import GateStatistics, Need
 from archscan.groups import Coupling
 from archscan.layer_statistics import LayerMoments, LayerWatch
-from archscan.losses import Batch, LossFn, SampledLabelLoss, drawn_label_loss, logits_of
+from archscan.losses import Batch, LossFn, SampledLabelLoss, classification_loss, drawn_label_loss, logits_of
 from archscan.probes import Gates, device_and_dtype, hessian_diagonal, only_gates_differentiable
 from archscan.processes import Place
 from archscan.sharding import ALONE, Turn, gather, sample_count, turns
@@ -37,88 +38,10 @@ from archscan.weight_statistics import weight_statistics
 Progress = Callable[[int, int], None]
 """Called with (batches done, batches in all; 0 where the iterable has no length)."""
 
-Need = Literal[
-    "gradient",
-    "sample_gradient",
-    "fisher_gradient",
-    "hessian_ones",
-    "hessian_diagonal",
-    "weight_norm",
-    "bn_scale",
-    "group",
-    "read_norm",
-    "layer_inputs",
-    "layer_gradients",
-    "sharpness",
-]
 _SECOND_ORDER: frozenset[str] = frozenset({"hessian_ones", "hessian_diagonal"})
 _BACKWARD: frozenset[str] = _SECOND_ORDER | {"gradient", "sample_gradient", "layer_gradients"}
 _LAYERS: frozenset[str] = frozenset({"layer_inputs", "layer_gradients"})
 _PASSES: frozenset[str] = _BACKWARD | _LAYERS | {"fisher_gradient"}
-
-
-@dataclass(frozen=True, eq=False)
-class GateStatistics:
-    """What criteria see of a network; None where it was not asked for.
-
-    Attributes:
-        unit_count: U.
-        seed: Seed of everything random: label draws, Hutchinson probes, the `random` criterion.
-        batch_sizes: Samples of each calibration batch; empty where no batch was needed.
-        gradient_BU: Gradient of each batch's mean loss by the gates, float64.
-        sample_gradient_NU: Gradient of each sample's own loss by its gates, in the model's precision.
-        fisher_gradient_NU: The same for cross-entropy with labels drawn from the model's own predictions.
-        hessian_ones_BU: H·1, the Hessian of each batch's mean loss by the gates summed along its rows, float64.
-        hessian_diagonal_U: Diagonal of the Hessian of the mean loss, float64.
-        weight_norm_U: L2 norm of the unit's slices of producers' and consumers' weights, float64.
-        bn_scale_U: Mean abs(γ) of the unit's BatchNorm channels, NaN where it has none, float64.
-        group_U: Number of the unit's channel group, -1 where it has none.
-        read_norm_U: L2 norm of the unit's slices of consumers' weights alone, float64.
-        sharpness_U: Largest absolute eigenvalue of the unit's group, see `sharpness`, float64.
-        layer_inputs_L: Second moments of the inputs of every layer that reads units, in the order of the calls.
-        layer_gradients_L: Second moments [G, O, O] of the gradients of their outputs, see `LayerWatch`, float64.
-    """
-
-    unit_count: int
-    seed: int = 0
-    batch_sizes: tuple[int, ...] = ()
-    gradient_BU: np.ndarray | None = None
-    sample_gradient_NU: np.ndarray | None = None
-    fisher_gradient_NU: np.ndarray | None = None
-    hessian_ones_BU: np.ndarray | None = None
-    hessian_diagonal_U: np.ndarray | None = None
-    weight_norm_U: np.ndarray | None = None
-    bn_scale_U: np.ndarray | None = None
-    group_U: np.ndarray | None = None
-    read_norm_U: np.ndarray | None = None
-    sharpness_U: np.ndarray | None = None
-    layer_inputs_L: tuple[LayerMoments, ...] | None = None
-    layer_gradients_L: tuple[np.ndarray, ...] | None = None
-
-    @property
-    def samples(self) -> int:
-        """Calibration samples seen."""
-        return sum(self.batch_sizes)
-
-    def require(self, need: Need) -> Any:
-        """Get a statistic that a criterion needs, an array unless it is one of layers.
-
-        Raises:
-            BadInput: It was not collected.
-        """
-        (name,) = (entry.name for entry in fields(self) if entry.name.rpartition("_")[0] == need)
-        values = getattr(self, name)
-        if values is None:
-            raise BadInput(f"the statistics hold no {need}; collect them with what the criterion needs")
-        return values
-
-    def require_layers(self, need: Literal["layer_inputs"]) -> tuple[LayerMoments, ...]:
-        """Get the moments of the layers' inputs that a criterion needs.
-
-        Raises:
-            BadInput: They were not collected.
-        """
-        return self.require(need)
 
 
 def collect(
@@ -283,12 +206,14 @@ def _first_pass(source: _Source, needs: frozenset[Need]) -> _Rows:
         if watch is not None:
             watch.first_sample = run.turn.first_sample
         with _computing(run, needs):
-            found = _statistics(run, needs, run.turn.draw(run.seed), source.diagonal_probes)
+            parts = _parts(run) if watch is None and needs & _SECOND_ORDER else [run]
+            draw = run.turn.draw(run.seed)
+            found = _joined([(part, _statistics(part, needs, draw, source.diagonal_probes)) for part in parts])
         for name, values in found.items():
             _require_finite(run, values, name)
         if watch is not None and not run.turn.counts:
             watch.forget()
-        return run.gates.samples, {name: values.cpu().numpy() for name, values in found.items()}
+        return sample_count(run.batch), {name: values.cpu().numpy() for name, values in found.items()}
 
     try:
         found = source.gather(found_in, 0, 1 + POWER_STEPS * ("sharpness" in needs))
@@ -333,6 +258,37 @@ def _loss(run: _Run, *, multiply: bool, backward: bool = True) -> Tensor:
     return loss
 
 
+def _parts(run: _Run) -> list[_Run]:
+    """Split a batch in two, so that going backward twice takes no more memory than a training step of the whole.
+
+    Only where the loss is known to be a mean over samples that splits so; a user's own may read a batch in any way.
+    """
+    if not (run.loss_fn is classification_loss or isinstance(run.loss_fn, SampledLabelLoss)):
+        return [run]
+    samples = sample_count(run.batch)
+    middle = -(-samples // 2)
+
+    def part(half: slice) -> Batch:
+        return tree_map(lambda leaf: leaf[half] if isinstance(leaf, Tensor) else leaf, run.batch)
+
+    return [replace(run, batch=part(half)) for half in (slice(0, middle), slice(middle, samples))[:samples]]
+
+
+def _joined(parts: Sequence[tuple[_Run, dict[Need, Tensor]]]) -> dict[Need, Tensor]:
+    """Join the statistics of the parts of a batch: rows of samples one after the other, means by their numbers."""
+    if len(parts) == 1:
+        return parts[0][1]
+    sizes = torch.tensor([sample_count(part.batch) for part, _ in parts], dtype=torch.float64)
+    joined: dict[Need, Tensor] = {}
+    for name in parts[0][1]:
+        values = [found[name] for _, found in parts]
+        if name in ("sample_gradient", "fisher_gradient"):
+            joined[name] = torch.cat(values)
+        else:
+            joined[name] = torch.einsum("p,pu->u", (sizes / sizes.sum()).to(values[0].device), torch.stack(values))
+    return joined
+
+
 def _statistics(run: _Run, needs: frozenset[Need], draw: torch.Generator, diagonal_probes: int) -> dict[Need, Tensor]:
     """Compute one batch's statistics from one forward pass; backward passes are shared too."""
     second = bool(needs & _SECOND_ORDER)
@@ -360,14 +316,16 @@ def _sharpness(source: _Source, group_U: np.ndarray, norm_U: np.ndarray) -> np.n
 
     def product(vector_U: np.ndarray) -> np.ndarray:
         def found_in(run: _Run) -> tuple[int, np.ndarray]:
+            total_U = np.zeros(len(vector_U))
+            draw = run.turn.draw(run.seed, per_sample=len(np.unique(group_U)))
             with _computing(run, frozenset({"sharpness"})):
-                loss = _loss(run, multiply=True)
-                gradient_NU = run.gates.gradient(loss, keep_graph=False, differentiable=True)
-                multiply = partial(run.gates.hessian_product, gradient_NU)
-                draw = run.turn.draw(run.seed, per_sample=len(np.unique(group_U)))
-                rows_NU = groupwise_product(multiply, vector_U, group_U, gradient_NU, draw, source.diagonal_probes)
-            _require_finite(run, rows_NU, "sharpness")
-            return run.gates.samples, rows_NU.double().sum(0).cpu().numpy()
+                for part in _parts(run):
+                    gradient_NU = run.gates.gradient(_loss(part, multiply=True), keep_graph=False, differentiable=True)
+                    multiply = partial(run.gates.hessian_product, gradient_NU)
+                    rows_NU = groupwise_product(multiply, vector_U, group_U, gradient_NU, draw, source.diagonal_probes)
+                    _require_finite(run, rows_NU, "sharpness")
+                    total_U += rows_NU.double().sum(0).cpu().numpy()
+            return sample_count(run.batch), total_U
 
         found = source.gather(found_in, next(passes), 1 + POWER_STEPS)
         return sum((rows_U for _, rows_U in found), np.zeros(len(vector_U))) / sum(samples for samples, _ in found)

@@ -15,7 +15,7 @@ from scipy.optimize import least_squares
 from scipy.special import expit
 
 from archscan.criteria import criterion
-from archscan.gates import GateStatistics
+from archscan.gate_statistics import GateStatistics
 
 ATTRIBUTES = (3, 3, 2, 3, 4, 2)
 """Values that each attribute of the MONK's problems takes."""

@@ -25,7 +25,7 @@ from train_lenet import train
 
 from archscan.criteria import criterion, obs
 from archscan.data import calibration_images, evaluation_images
-from archscan.gates import GateStatistics
+from archscan.gate_statistics import GateStatistics
 from archscan.report.progress import progress_on
 from archscan.sources import open_subject
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from archscan.gates import GateStatistics, collect
+from archscan.gate_statistics import GateStatistics
+from archscan.gates import collect
 from archscan.groups import AxisUnits, Consumer, Coupling
 from archscan.losses import classification_loss
 

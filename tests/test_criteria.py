@@ -14,7 +14,8 @@ from hypothesis.extra.numpy import arrays
 
 from archscan.criteria import CRITERIA, Criterion, criteria_table, criterion, score, sosp
 from archscan.errors import BadInput
-from archscan.gates import GateStatistics, Need, collect
+from archscan.gate_statistics import GateStatistics, Need
+from archscan.gates import collect
 from archscan.groups import AxisUnits, Consumer, Coupling
 from archscan.losses import classification_loss
 from tests import reference

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from archscan.criteria import CRITERIA, bayes, cbs, criterion, factors, mfac, obs, score
 from archscan.errors import BadInput
-from archscan.gates import GateStatistics
+from archscan.gate_statistics import GateStatistics
 from archscan.losses import classification_loss
 from tests import gate_nets, reference
 

@@ -138,6 +138,22 @@ def test_hessian_diagonal_is_exact_with_as_many_probes_as_units(case: Case) -> N
     np.testing.assert_allclose(diagonal, np.diag((4 * dense[0] + 2 * dense[1]) / 6), atol=1e-10)
 
 
+@pytest.mark.parametrize(("need", "seen"), [("gradient", [5]), ("hessian_ones", [3, 2]), ("sharpness", [5, 3, 2])])
+def test_halves_take_turns_where_it_goes_backward_twice(need: str, seen: list[int]) -> None:
+    model, sizes = CHAIN.model(), []
+    model.register_forward_pre_hook(lambda _module, args: sizes.append(len(args[0])))
+    gather(CHAIN, need, batches=[images_and_labels(5)], model=model)
+    assert sizes[: len(seen)] == seen  # the first pass of sharpness takes no gradient
+    sizes.clear()
+    own_loss = gather(
+        CHAIN, need, batches=[images_and_labels(5)], model=model, loss_fn=lambda m, b: classification_loss(m, b)
+    )
+    assert set(sizes) == {5}
+    np.testing.assert_allclose(
+        gather(CHAIN, need, batches=[images_and_labels(5)]).require(need), own_loss.require(need)
+    )
+
+
 def test_hutchinsons_error_is_what_its_variance_says() -> None:
     images, labels = images_and_labels(6)
     dense = np.stack(

@@ -1,5 +1,6 @@
 """Criteria from second moments, gradient matrices and Hessian blocks, against dense matrices in float64."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import combinations
 
@@ -15,11 +16,12 @@ from archscan.criteria import columns, score
 from archscan.criteria.reconstruction import obc_update, unexplained_share
 from archscan.criteria.redundancy import effective_rank
 from archscan.errors import BadInput
-from archscan.gates import GateStatistics
+from archscan.gate_statistics import GateStatistics
 from archscan.groups import couple
 from archscan.layer_statistics import InputBlock, LayerMoments
-from archscan.least_squares import Effort, Layer, Sample, solve
+from archscan.least_squares import Effort, solve
 from archscan.losses import classification_loss
+from archscan.positions import Layer, Sample
 from tests import reference
 from tests.gate_nets import CHAIN, GROUPED, RESIDUAL, Case, gather, images_and_labels
 
@@ -61,35 +63,36 @@ def fisher_of(layer: LayerMoments, block: InputBlock, gradient_GOO: np.ndarray, 
     return np.kron(moment_KK, gradient_GOO[block.group] / layer.samples)
 
 
+def blocks_of(statistics: GateStatistics) -> Iterator[tuple[LayerMoments, InputBlock, np.ndarray]]:
+    gradients = statistics.require("layer_gradients")
+    for layer, gradient_GOO in zip(statistics.require_layers("layer_inputs"), gradients, strict=True):
+        for block in layer.blocks:
+            yield layer, block, gradient_GOO
+
+
 def test_kfac_is_half_the_quadratic_form_of_the_dense_kronecker_product(case: Case) -> None:
     statistics = gather(case, *BOTH)
     expected = np.zeros(case.coupling.unit_count)
-    for layer, gradient_GOO in zip(
-        statistics.require_layers("layer_inputs"), statistics.require("layer_gradients"), strict=True
-    ):
-        for block in layer.blocks:
-            dense = fisher_of(layer, block, gradient_GOO, damped=False)
-            for u in np.unique(block.unit_K):
-                change = np.where(block.unit_K == u, block.weight_OK, 0.0).T.reshape(-1)
-                expected[u] += change @ dense @ change / 2
+    for layer, block, gradient_GOO in blocks_of(statistics):
+        dense = fisher_of(layer, block, gradient_GOO, damped=False)
+        for u in np.unique(block.unit_K):
+            change = np.where(block.unit_K == u, block.weight_OK, 0.0).T.reshape(-1)
+            expected[u] += change @ dense @ change / 2
     np.testing.assert_allclose(score("kfac", statistics), expected, rtol=1e-10)
 
 
 def test_kfac_obs_is_the_least_of_the_dense_quadratic_form(case: Case) -> None:
     statistics = gather(case, *BOTH)
     expected = np.zeros(case.coupling.unit_count)
-    for layer, gradient_GOO in zip(
-        statistics.require_layers("layer_inputs"), statistics.require("layer_gradients"), strict=True
-    ):
-        for block in layer.blocks:
-            dense = fisher_of(layer, block, gradient_GOO, damped=True)
-            for u in np.unique(block.unit_K):
-                gone = np.repeat(block.unit_K == u, len(block.weight_OK))
-                exact = fisher_of(layer, block, gradient_GOO, damped=False)  # what goes has no part in the damping
-                change = block.weight_OK.T.reshape(-1)[gone]
-                within, across = exact[np.ix_(gone, gone)], dense[np.ix_(gone, ~gone)]
-                rest = np.linalg.pinv(dense[np.ix_(~gone, ~gone)], rcond=1e-12, hermitian=True)
-                expected[u] += change @ (within - across @ rest @ across.T) @ change / 2
+    for layer, block, gradient_GOO in blocks_of(statistics):
+        dense = fisher_of(layer, block, gradient_GOO, damped=True)
+        for u in np.unique(block.unit_K):
+            gone = np.repeat(block.unit_K == u, len(block.weight_OK))
+            exact = fisher_of(layer, block, gradient_GOO, damped=False)  # what goes has no part in the damping
+            change = block.weight_OK.T.reshape(-1)[gone]
+            within, across = exact[np.ix_(gone, gone)], dense[np.ix_(gone, ~gone)]
+            rest = np.linalg.pinv(dense[np.ix_(~gone, ~gone)], rcond=1e-12, hermitian=True)
+            expected[u] += change @ (within - across @ rest @ across.T) @ change / 2
     np.testing.assert_allclose(score("kfac-obs", statistics), expected, rtol=1e-6)
     assert (score("kfac-obs", statistics) <= score("kfac", statistics)).all()
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from archscan import layer_statistics
 from archscan.errors import BadInput
-from archscan.gates import GateStatistics
+from archscan.gate_statistics import GateStatistics
 from archscan.groups import ChannelGroup, Consumer, Coupling
 from archscan.layer_statistics import LayerMoments, read_call
 from archscan.losses import classification_loss

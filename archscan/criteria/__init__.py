@@ -13,7 +13,7 @@ from scipy.stats import rankdata
 
 from archscan.criteria.table import CRITERIA, Criterion
 from archscan.errors import BadInput
-from archscan.gates import GateStatistics, Need
+from archscan.gate_statistics import GateStatistics, Need
 
 __all__ = ["CRITERIA", "Criterion", "CriterionRow", "criteria_table", "criterion", "score"]
 

@@ -12,7 +12,7 @@ from scipy.optimize import brentq
 
 from archscan.criteria.factors import dampening, dense, diagonal, gram, leverage
 from archscan.criteria.mfac import groups_of
-from archscan.gates import GateStatistics
+from archscan.gate_statistics import GateStatistics
 
 PRIOR = 0.01
 """Precision of the prior of a gate as a fraction of what the samples give a gate on average: weak."""

@@ -19,7 +19,7 @@ import numpy as np
 from scipy.optimize import isotonic_regression
 
 from archscan.criteria.factors import diagonal
-from archscan.gates import GateStatistics
+from archscan.gate_statistics import GateStatistics
 
 _REFRESHES = 512
 """How often, at most, the price of every unit is computed anew while all units are ranked."""

@@ -3,7 +3,7 @@
 import numpy as np
 
 from archscan.errors import BadInput
-from archscan.gates import GateStatistics
+from archscan.gate_statistics import GateStatistics
 
 
 def spectral(statistics: GateStatistics) -> np.ndarray:

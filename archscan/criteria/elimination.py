@@ -19,7 +19,7 @@ import numpy as np
 
 from archscan.criteria.columns import DAMPENING, damped, inverse, removal_costs, second_moment, unit_columns
 from archscan.criteria.fisher import obd
-from archscan.gates import GateStatistics
+from archscan.gate_statistics import GateStatistics
 from archscan.layer_statistics import InputBlock, LayerMoments
 
 ROUNDS = 128

@@ -7,7 +7,7 @@ vanish) or square it away. On a finite set of images it does not vanish: it is w
 
 import numpy as np
 
-from archscan.gates import GateStatistics
+from archscan.gate_statistics import GateStatistics
 
 
 def loss_change(statistics: GateStatistics) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from archscan.gates import GateStatistics
+from archscan.gate_statistics import GateStatistics
 
 
 def obd(statistics: GateStatistics) -> np.ndarray:

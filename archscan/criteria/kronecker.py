@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from archscan.criteria.columns import removal_costs, residual_costs, second_moment
-from archscan.gates import GateStatistics
-from archscan.layer_statistics import LayerMoments
+from archscan.gate_statistics import GateStatistics
+from archscan.layer_statistics import InputBlock, LayerMoments
 
 
 def kfac(statistics: GateStatistics) -> np.ndarray:
@@ -24,12 +24,11 @@ def kfac(statistics: GateStatistics) -> np.ndarray:
     Returns:
         Saliency of shape [U], in units of the loss.
     """
-    saliency_U = np.zeros(statistics.unit_count)
-    for layer, gradient_GOO in _layers(statistics):
-        for block in layer.blocks:
-            metric_OO = gradient_GOO[block.group] / layer.samples
-            saliency_U += removal_costs(block, second_moment(block, layer), statistics.unit_count, metric_OO)
-    return 0.5 * saliency_U
+    costs = (
+        removal_costs(block, second_moment(block, layer), statistics.unit_count, metric_OO)
+        for block, layer, metric_OO in _blocks(statistics)
+    )
+    return 0.5 * sum(costs, np.zeros(statistics.unit_count))
 
 
 def kfac_obs(statistics: GateStatistics) -> np.ndarray:
@@ -42,13 +41,16 @@ def kfac_obs(statistics: GateStatistics) -> np.ndarray:
     Returns:
         Saliency of shape [U], in units of the loss.
     """
-    saliency_U = np.zeros(statistics.unit_count)
-    for layer, gradient_GOO in _layers(statistics):
+    costs = (
+        residual_costs(block, layer, statistics.unit_count, metric_OO)
+        for block, layer, metric_OO in _blocks(statistics)
+    )
+    return 0.5 * sum(costs, np.zeros(statistics.unit_count))
+
+
+def _blocks(statistics: GateStatistics) -> Iterator[tuple[InputBlock, LayerMoments, np.ndarray]]:
+    """Yield every block of columns with its layer and Γ, of shape [O, O]."""
+    layers = zip(statistics.require_layers("layer_inputs"), statistics.require("layer_gradients"), strict=True)
+    for layer, gradient_GOO in layers:
         for block in layer.blocks:
-            metric_OO = gradient_GOO[block.group] / layer.samples
-            saliency_U += residual_costs(block, layer, statistics.unit_count, metric_OO)
-    return 0.5 * saliency_U
-
-
-def _layers(statistics: GateStatistics) -> Iterator[tuple[LayerMoments, np.ndarray]]:
-    return zip(statistics.require_layers("layer_inputs"), statistics.require("layer_gradients"), strict=True)
+            yield block, layer, gradient_GOO[block.group] / layer.samples

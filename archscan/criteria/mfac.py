@@ -18,7 +18,7 @@ from scipy.linalg import cho_factor, cho_solve
 
 from archscan.criteria.factors import dampening
 from archscan.criteria.obs import checked
-from archscan.gates import GateStatistics
+from archscan.gate_statistics import GateStatistics
 
 DAMPENING, UPDATE_DAMPENING = 1.0, 0.1
 """λ as a fraction of the mean F_uu, for the score and for the update."""

@@ -12,7 +12,7 @@ import numpy as np
 
 from archscan.criteria.factors import conditional, dampening, ridge
 from archscan.errors import BadInput
-from archscan.gates import GateStatistics
+from archscan.gate_statistics import GateStatistics
 
 DAMPENING, UPDATE_DAMPENING = 0.001, 0.03
 """λ as a fraction of the mean F_uu, for the score and for the update."""

@@ -10,7 +10,7 @@ import numpy as np
 from archscan.criteria.columns import DAMPENING, damped, inverse, removal_costs, residual_costs, second_moment
 from archscan.criteria.fisher import obd
 from archscan.errors import BadInput
-from archscan.gates import GateStatistics
+from archscan.gate_statistics import GateStatistics
 from archscan.layer_statistics import InputBlock, LayerMoments
 
 

@@ -7,7 +7,7 @@ on these samples; the others repeat what is there.
 
 import numpy as np
 
-from archscan.gates import GateStatistics
+from archscan.gate_statistics import GateStatistics
 
 
 def gradient_rank(statistics: GateStatistics) -> np.ndarray:

@@ -9,7 +9,7 @@ Shape suffixes: B calibration batches, N samples, U units.
 
 import numpy as np
 
-from archscan.gates import GateStatistics
+from archscan.gate_statistics import GateStatistics
 
 _BLOCK_NUMBERS = 2**23
 """Numbers of G that exist at once, 32 MiB in float32."""

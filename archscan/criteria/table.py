@@ -27,7 +27,7 @@ from archscan.criteria import (
     sosp,
     taylor,
 )
-from archscan.gates import GateStatistics, Need
+from archscan.gate_statistics import GateStatistics, Need
 from archscan.sharpness import POWER_STEPS
 
 Score = Callable[[GateStatistics], np.ndarray]

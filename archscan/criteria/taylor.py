@@ -7,7 +7,7 @@ import numpy as np
 
 from archscan.criteria.sosp import mean_gradient
 from archscan.errors import BadInput
-from archscan.gates import GateStatistics
+from archscan.gate_statistics import GateStatistics
 
 
 def taylor_fo(statistics: GateStatistics) -> np.ndarray:
