@@ -14,7 +14,9 @@ from archscan.options import (
     REAL_SAMPLES,
     SYNTHETIC_SAMPLES,
     DataOptions,
+    ModelOptions,
     OutputOptions,
+    RunOptions,
 )
 
 MOST_THREADS = 1024
@@ -55,6 +57,16 @@ def add_model(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     return group
 
 
+def add_weights(group: argparse._ActionsContainer) -> None:
+    """Add where the weights of MODEL come from."""
+    group.add_argument("--weights", default="auto", metavar="W", help="auto (default), pretrained, random, or a FILE")
+
+
+def add_saved(parser: argparse.ArgumentParser) -> None:
+    """Add DIR, for the commands that work on a saved result."""
+    parser.add_argument("folder", type=Path, metavar="DIR", help="a folder that archscan saved")
+
+
 def add_protect(group: argparse._ArgumentGroup) -> None:
     """Add the layers that keep their width."""
     words = "layers that keep their width: 'layer4.*'"
@@ -71,6 +83,11 @@ def add_data(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--samples", type=parse_count, default=default.samples, metavar="N", help=samples)
     group.add_argument("--eval-data", metavar="DATA", help="images to measure accuracy on: a DIR, a ZIP, or digits")
     add_batch_size(group, default.batch_size)
+    add_scale(group)
+
+
+def add_scale(group: argparse._ActionsContainer) -> None:
+    """Add how pixels are scaled."""
     scale = "per channel, on the scale 0 to 1 (default: the network's)"
     group.add_argument("--mean", type=parse_numbers, metavar="A,B,C", help=scale)
     group.add_argument("--std", type=parse_positive_numbers, metavar="A,B,C", help=scale)
@@ -90,16 +107,32 @@ def add_run(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     return group
 
 
-def add_output(parser: argparse.ArgumentParser, *, folder: bool = False) -> argparse._ArgumentGroup:
-    """Add what is printed and, with `folder`, where the result goes; return the group."""
+def add_seed(group: argparse._ActionsContainer) -> None:
+    """Add the seed."""
+    group.add_argument("--seed", type=parse_whole, default=0, metavar="N", help="of everything random (default: 0)")
+
+
+def add_output(
+    parser: argparse.ArgumentParser, folder: str, overwrite: str = "replace an existing folder"
+) -> argparse._ArgumentGroup:
+    """Add where files go; return the group, for `add_printing`.
+
+    Args:
+        parser: Of a command that writes files.
+        folder: Help of ``--output``.
+        overwrite: Help of ``--overwrite``.
+    """
     group = parser.add_argument_group("output")
-    if folder:
-        group.add_argument("--output", type=Path, metavar="DIR", help="of the result (default: reports/MODEL-flopsR)")
-        group.add_argument("--overwrite", action="store_true", help="replace an existing folder")
-    printed = group.add_mutually_exclusive_group()
-    printed.add_argument("--json", action="store_true", help="print the summary as JSON and nothing else")
-    printed.add_argument("--quiet", action="store_true", help="print the verdict only")
+    group.add_argument("--output", type=Path, metavar="DIR", help=folder)
+    group.add_argument("--overwrite", action="store_true", help=overwrite)
     return group
+
+
+def add_printing(group: argparse._ActionsContainer, what: str = "the summary", short: str = "the verdict only") -> None:
+    """Add in which form to print; `what` and `short` are named in the help of ``--json`` and ``--quiet``."""
+    printed = group.add_mutually_exclusive_group()
+    printed.add_argument("--json", action="store_true", help=f"print {what} as JSON and nothing else")
+    printed.add_argument("--quiet", action="store_true", help=f"print {short}")
 
 
 # -------------------------------------------------------------- values
@@ -177,6 +210,26 @@ def parse_positive_numbers(text: str) -> tuple[float, ...]:
 # -------------------------------------------------------------- options
 
 
-def printing(parsed: argparse.Namespace) -> OutputOptions:
-    """Return how to print, for the commands that save nothing."""
+def read_model(parsed: argparse.Namespace) -> ModelOptions:
+    """Return what `add_model` and `add_weights` were given."""
+    return ModelOptions(parsed.model, parsed.weights, parsed.input_size, parsed.num_classes)
+
+
+def read_data(parsed: argparse.Namespace) -> DataOptions:
+    """Return what `add_data` was given."""
+    return DataOptions(parsed.data, parsed.samples, parsed.eval_data, parsed.batch_size, parsed.mean, parsed.std)
+
+
+def read_run(parsed: argparse.Namespace) -> RunOptions:
+    """Return what `add_run` and `add_seed` were given."""
+    return RunOptions(parsed.device, parsed.threads, parsed.seed)
+
+
+def read_output(parsed: argparse.Namespace) -> OutputOptions:
+    """Return what `add_output` and `add_printing` were given."""
+    return OutputOptions(parsed.output, parsed.overwrite, parsed.json, parsed.quiet)
+
+
+def read_printing(parsed: argparse.Namespace) -> OutputOptions:
+    """Return what `add_printing` was given, for the commands that save nothing."""
     return OutputOptions(json=parsed.json, quiet=parsed.quiet)

@@ -4,10 +4,7 @@ The decision that is not obvious: what criteria score on and what they are judge
 source of their own, the held-out ones are drawn from the same one, after the calibration images.
 """
 
-import os
 import platform
-import shutil
-import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,18 +16,22 @@ from archscan.audit.run import Audit, free_counts
 from archscan.criteria import criterion
 from archscan.data import ImageSet, calibration_images, evaluation_images
 from archscan.errors import BadInput
+from archscan.evaluation import require_classes
+from archscan.folders import check_replaceable, replacing
 from archscan.groups import Coupling
 from archscan.losses import classification_loss
+from archscan.opening import SYNTHETIC, Batches, open_model, refusing_bad_files, use_machine
 from archscan.options import REAL_SAMPLES, AuditOptions, ProgressFactory
-from archscan.pipeline import SYNTHETIC, Batches, refusing_bad_files, use_machine
+from archscan.remarks import weights_of
 from archscan.report.audit import AuditReport, Images, json_text
 from archscan.report.audit_html import render_html
-from archscan.report.model import RANDOM_WEIGHTS, Environment, Weights
-from archscan.saved import open_saved
+from archscan.report.model import RANDOM_WEIGHTS, Environment
 from archscan.slimming import Stopwatch, analyse
-from archscan.sources import Subject, open_subject
+from archscan.sources import Subject
 
 JSON_FILE, HTML_FILE = "audit.json", "audit.html"
+
+_NO_LOSS = "no loss can be measured; audit on images of the classes that the model was trained for"
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +62,7 @@ def audit_command(options: AuditOptions, progress: ProgressFactory) -> SavedAudi
     device = use_machine(options.run)
     with watch.stage("open"), progress(f"Opening {options.model.name}") as step:
         step(0, 0)
-        subject = _open(options)
+        subject = open_model(options.model, options.data, options.run.seed)
         coupling = analyse(subject.model, subject.example_input).coupling
     folder = options.output.folder or Path("reports") / f"{subject.name}-audit"
     check_audit_folder(folder, overwrite=options.output.overwrite)
@@ -80,7 +81,7 @@ def audit_command(options: AuditOptions, progress: ProgressFactory) -> SavedAudi
         )
     report = replace(
         report_of(found, coupling, subject.name),
-        weights=Weights(subject.weights.kind, subject.weights.origin, subject.weights.reason),
+        weights=weights_of(subject.weights),
         calibration=_described(images.calibration),
         held_out=_described(images.held_out),
         warnings=tuple(_warnings(subject)),
@@ -136,20 +137,6 @@ def _check_options(options: AuditOptions) -> None:
             raise BadInput("noise has no labels to measure a loss with; give --data images, with a folder per class")
 
 
-def _open(options: AuditOptions) -> Subject:
-    model, data = options.model, options.data
-    return open_subject(
-        model.name,
-        weights=model.weights,
-        input_size=model.input_size,
-        num_classes=model.num_classes,
-        mean=data.mean,
-        std=data.std,
-        seed=options.run.seed,
-        open_saved=open_saved,
-    )
-
-
 def _read_images(options: AuditOptions, subject: Subject, progress: ProgressFactory) -> _Images:
     data, seed = options.data, options.run.seed
     samples = data.samples or REAL_SAMPLES
@@ -163,7 +150,7 @@ def _read_images(options: AuditOptions, subject: Subject, progress: ProgressFact
             seed=seed,
             progress=step,
         )
-    _require_labels(found, subject, f"--data {data.source}")
+    require_classes(found.classes, subject.num_classes, f"--data {data.source}", _NO_LOSS)
     if data.eval_source is None:
         if len(found) < wanted:
             raise BadInput(
@@ -180,20 +167,12 @@ def _read_images(options: AuditOptions, subject: Subject, progress: ProgressFact
             seed=seed,
             progress=step,
         )
-    _require_labels(held_out, subject, f"--eval-data {data.eval_source}")
+    require_classes(held_out.classes, subject.num_classes, f"--eval-data {data.eval_source}", _NO_LOSS)
     return _Images(found, held_out)
 
 
 def _part(images: ImageSet, part: slice) -> ImageSet:
     return replace(images, pixels_NCHW=images.pixels_NCHW[part], labels_N=images.labels_N[part])
-
-
-def _require_labels(images: ImageSet, subject: Subject, source: str) -> None:
-    if not images.labels_fit(subject.num_classes):
-        raise BadInput(
-            f"{source} has {len(images.classes)} classes and the model {subject.num_classes}, so that no loss can be "
-            "measured; audit on images of the classes that the model was trained for"
-        )
 
 
 def _described(images: ImageSet) -> Images:
@@ -208,24 +187,13 @@ def _warnings(subject: Subject) -> Iterator[str]:
 # --- writing --------------------------------------------------------------------------------------------------------
 
 
-def check_audit_folder(folder: Path, *, overwrite: bool) -> None:
-    """See, before any work, that an audit can be written to a folder.
+def check_audit_folder(folder: Path, *, overwrite: bool) -> Path:
+    """See, before any work, that an audit can be written to a folder; return it, resolved.
 
     Raises:
         BadInput: It is a file, exists without `overwrite`, holds what no audit wrote, or cannot be written.
     """
-    target = folder.expanduser()
-    if target.exists() and not target.is_dir():
-        raise BadInput(f"{folder} is a file; choose another output folder")
-    parent = next(path for path in (target.resolve(), *target.resolve().parents) if path.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise BadInput(f"{parent} is not a folder that can be written to; choose another output folder")
-    if target.is_dir():
-        if not overwrite:
-            raise BadInput(f"{folder} exists; pass --overwrite, or choose another output folder")
-        foreign = sorted(path.name for path in target.iterdir() if path.name not in (JSON_FILE, HTML_FILE))
-        if foreign:
-            raise BadInput(f"{folder} holds {foreign[0]}, which no audit wrote; choose another output folder")
+    return check_replaceable(folder, (JSON_FILE, HTML_FILE), "which no audit wrote", overwrite=overwrite)
 
 
 def write_audit(report: AuditReport, folder: Path, *, overwrite: bool = False) -> None:
@@ -234,20 +202,6 @@ def write_audit(report: AuditReport, folder: Path, *, overwrite: bool = False) -
     Raises:
         BadInput: See `check_audit_folder`; or the disk refuses.
     """
-    check_audit_folder(folder, overwrite=overwrite)
-    target = folder.expanduser().resolve()
-    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}.partial")
-    try:
-        partial.mkdir(parents=True)
+    with replacing(check_audit_folder(folder, overwrite=overwrite)) as partial:
         (partial / JSON_FILE).write_text(json_text(report), encoding="utf-8")
         (partial / HTML_FILE).write_text(render_html(report), encoding="utf-8")
-        if target.exists():
-            for name in (JSON_FILE, HTML_FILE):
-                (partial / name).replace(target / name)
-        else:
-            partial.rename(target)
-    except OSError as error:
-        reason = error.strerror or error
-        raise BadInput(f"{folder} cannot be written: {reason}; choose another output folder") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

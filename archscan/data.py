@@ -40,7 +40,7 @@ DIGITS_CALIBRATION = 1297
 _MEMORY_BYTES = 1 << 30
 _LARGEST_FILE_BYTES = 1 << 28
 _SPLIT_NAMES = frozenset({"train", "training", "val", "valid", "validation", "test", "testing", "eval"})
-_UNREADABLE = (
+UNREADABLE = (
     *(OSError, EOFError, ValueError, TypeError, LookupError, SyntaxError, RuntimeError, OverflowError),
     *(struct.error, zlib.error, zipfile.BadZipFile, Image.DecompressionBombError),
 )
@@ -108,7 +108,7 @@ class ImageSet:
 
 @dataclass(frozen=True)
 class _Source:
-    """Images before they are decoded; `read` decodes one by its number, and may fail as `_UNREADABLE` says."""
+    """Images before they are decoded; `read` decodes one by its number, and may fail as `UNREADABLE` says."""
 
     kind: SetKind
     names: Sequence[str]
@@ -325,7 +325,7 @@ def _decoded(
             for index in order:
                 try:
                     image = source.read(index).convert(mode)
-                except _UNREADABLE:
+                except UNREADABLE:
                     skipped.append(source.names[index])
                     continue
                 pixels[len(kept)] = to_pixels(image)

@@ -1,6 +1,6 @@
 """Top-1 accuracy: a classifier and labelled batches → `TopOne`."""
 
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,22 @@ class TopOne:
     def accuracy(self) -> float:
         """Fraction of the samples, in [0, 1]."""
         return self.correct / self.samples
+
+
+def require_classes(classes: Sequence[str], num_classes: int, source: str, why: str) -> None:
+    """See that images have as many classes as a network has outputs, so that their labels can be its classes.
+
+    Args:
+        classes: Of the images.
+        num_classes: Of the network.
+        source: Where the images are from, as typed.
+        why: What is impossible otherwise, and the remedy, as clauses.
+
+    Raises:
+        BadInput: They have not.
+    """
+    if len(classes) != num_classes:
+        raise BadInput(f"{source} has {len(classes)} classes and the model {num_classes}, so that {why}")
 
 
 def top_one(model: nn.Module, batches: Iterable[Any], progress: Callable[[int, int], None] | None = None) -> TopOne:

@@ -12,8 +12,8 @@ loss, and the Gram matrix stays the same (Zhang et al. 2015, "Accelerating very 
 same problem by alternation).
 
 Shape suffixes: G groups of the convolution, K columns (inputs of one output), O outputs of one group, R rows
-(positions of all images). Chunks are multiplied in the precision of the activations and summed in float64; the im2col
-matrix never exists as a whole.
+(positions of all images). Chunks (see `positions`) are multiplied in the precision of the activations and summed in
+float64.
 
 The decision that is not obvious: moments are taken of the *error* that the present weights leave, not of the targets.
 The ridge then pulls towards those weights, the error of any change follows from the moments alone, and wide layers are
@@ -26,12 +26,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from archscan.positions import Chunk, Layer, Sample, chunks
 
 RIDGES = tuple(10.0**power for power in range(1, -7, -1))
 """Candidate strengths, in units of the mean of the Gram matrix's diagonal."""
 
-_CHUNK_VALUES = 1 << 22
 _DEAD_SCALE = 1e-6
 _NOTHING_WRONG = 1e-10
 """Squared error, relative to the variance of the targets, that rounding leaves where nothing was changed yet."""
@@ -52,70 +52,6 @@ class Effort:
     block_columns: int = 4608
     rectified_sweeps: int = 3
     ridges: tuple[float, ...] = RIDGES
-
-
-@dataclass(frozen=True, eq=False)
-class Layer:
-    """A convolution as it was called, and what is behind it; a linear layer is a 1 × 1 convolution.
-
-    Attributes:
-        weight: OIHW; not changed.
-        bias: Per output, zeros where there is none; not changed.
-        scale: Of the BatchNorm behind it, per output; ones where there is none.
-        offset: Likewise; zeros where there is none.
-        stride: Height and width.
-        padding: Zeros to the left, to the right, above and below.
-        dilation: Height and width.
-        groups: Of the convolution.
-        intercept: Whether the bias may change.
-        rectified: Whether a rectifier, and nothing else, reads the result.
-    """
-
-    weight: Tensor
-    bias: Tensor
-    scale: Tensor
-    offset: Tensor
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int, int, int] = (0, 0, 0, 0)
-    dilation: tuple[int, int] = (1, 1)
-    groups: int = 1
-    intercept: bool = True
-    rectified: bool = False
-
-    @property
-    def columns(self) -> int:
-        """K: inputs of one output."""
-        return self.weight[0].numel()
-
-    def output_size(self, inputs_NCHW: Tensor) -> tuple[int, int]:
-        """Give the height and width of the outputs."""
-        left, right, top, bottom = self.padding
-        height, width = inputs_NCHW.shape[2] + top + bottom, inputs_NCHW.shape[3] + left + right
-        reach = [self.dilation[axis] * (self.weight.shape[2 + axis] - 1) + 1 for axis in (0, 1)]
-        return (height - reach[0]) // self.stride[0] + 1, (width - reach[1]) // self.stride[1] + 1
-
-
-@dataclass(frozen=True, eq=False)
-class Sample:
-    """One batch: what goes into a layer, and what should come out behind it; all NCHW.
-
-    Attributes:
-        inputs: Of the slim network.
-        target: Of the original network, which may have more outputs.
-        kept: Numbers of the outputs that the slim network has too; None for all.
-        shortcut: What the slim network adds behind the layer; None where it adds nothing.
-    """
-
-    inputs: Tensor
-    target: Tensor
-    kept: Tensor | None = None
-    shortcut: Tensor | None = None
-
-    def fits(self, layer: Layer) -> bool:
-        """Say whether each output of the layer has a target; not so where channels became positions."""
-        outputs = self.target.shape[1] if self.kept is None else len(self.kept)
-        shape = (len(self.inputs), len(layer.weight), *layer.output_size(self.inputs))
-        return shape == (len(self.target), outputs, *self.target.shape[2:])
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,15 +81,6 @@ class _Change:
 
     weight_GKO: Tensor
     bias_GO: Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class _Chunk:
-    """Some positions: columns, targets, and what is added behind the layer."""
-
-    columns_GKR: Tensor
-    target_GOR: Tensor
-    shortcut_GOR: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -236,7 +163,7 @@ class _Stream:
         """Give the squared error and the variance of the targets, both summed over positions and outputs."""
         error = variance = torch.zeros((), dtype=torch.float64, device=self.weight_GKO.device)
         total_GO, square_GO, rows = torch.zeros_like(self.bias_GO), torch.zeros_like(self.bias_GO), 0
-        for chunk in self._chunks():
+        for chunk in chunks(self.layer, self.samples, self.skip):
             target_GOR, found_GOR = chunk.target_GOR, self._predicted(chunk, change)
             if self.layer.rectified:
                 target_GOR, found_GOR = target_GOR.relu(), found_GOR.relu()
@@ -254,7 +181,7 @@ class _Stream:
         gram_GKK, cross_GKO = new(groups, width, width if gram else 0), new(groups, width, self.shape_GO[1])
         column_GK, error_GO, square_GO = new(groups, width), new(self.shape_GO), new(self.shape_GO)
         rows = 0
-        for chunk in self._chunks():
+        for chunk in chunks(self.layer, self.samples, self.skip):
             error_GOR = self._error(chunk, change, one_sided=one_sided)
             columns_GKR = chunk.columns_GKR[:, block]
             if gram:
@@ -266,7 +193,7 @@ class _Stream:
             rows += columns_GKR.shape[2]
         return _Moments(gram_GKK, cross_GKO, column_GK, error_GO, square_GO, rows)
 
-    def _predicted(self, chunk: _Chunk, change: _Change) -> Tensor:
+    def _predicted(self, chunk: Chunk, change: _Change) -> Tensor:
         """Give p of the positions of a chunk, in the precision of its columns."""
         scale_GO1 = self.scale_GO[:, :, None]
         weight_GOK = scale_GO1 * (self.weight_GKO + change.weight_GKO).transpose(1, 2)
@@ -274,7 +201,7 @@ class _Stream:
         dtype = chunk.columns_GKR.dtype
         return weight_GOK.to(dtype) @ chunk.columns_GKR + offset_GO1.to(dtype) + chunk.shortcut_GOR
 
-    def _error(self, chunk: _Chunk, change: _Change, *, one_sided: bool) -> Tensor:
+    def _error(self, chunk: Chunk, change: _Change, *, one_sided: bool) -> Tensor:
         """Give target − prediction in units of y; outputs that BatchNorm multiplies by zero have none."""
         found_GOR, target_GOR = self._predicted(chunk, change), chunk.target_GOR
         if one_sided:
@@ -282,49 +209,6 @@ class _Stream:
         scale_GO = self.scale_GO.masked_fill(self.dead_GO, 1.0).to(found_GOR.dtype)
         error_GOR = (target_GOR - found_GOR) / scale_GO[:, :, None]
         return error_GOR.masked_fill(self.dead_GO[:, :, None], 0.0)
-
-    def _chunks(self) -> Iterator[_Chunk]:
-        """Cut the batches into chunks of whole images, and leave out positions in a grid that shifts with the batch."""
-        groups, outputs = self.shape_GO
-        for number, sample in enumerate(self.samples):
-            start = number % self.skip, number // self.skip % self.skip
-            target = _thinned(sample.target, start, self.skip)
-            if sample.kept is not None:
-                target = target[:, sample.kept]
-            shortcut = None if sample.shortcut is None else _thinned(sample.shortcut, start, self.skip)
-            images = max(1, _CHUNK_VALUES // max(1, target[0, 0].numel() * self.layer.columns * groups))
-            for part in (slice(i, i + images) for i in range(0, len(target), images)):
-                columns = _columns(self.layer, sample.inputs[part], start, self.skip)
-                yield _Chunk(
-                    _by_group(columns, groups, self.layer.columns),
-                    _by_group(target[part].flatten(2), groups, outputs),
-                    _by_group(shortcut[part].flatten(2), groups, outputs)
-                    if shortcut is not None
-                    else columns.new_zeros(()),
-                )
-
-
-def _thinned(maps_NCHW: Tensor, start: tuple[int, int], skip: int) -> Tensor:
-    if skip == 1:
-        return maps_NCHW
-    height, width = maps_NCHW.shape[2:]
-    return maps_NCHW[:, :, start[0] % height :: skip, start[1] % width :: skip]
-
-
-def _columns(layer: Layer, inputs_NCHW: Tensor, start: tuple[int, int], skip: int) -> Tensor:
-    """Give the im2col matrix of each image, of every `skip`-th position in height and width; shape [N, G·K, R]."""
-    sizes = layer.output_size(inputs_NCHW)
-    top, left = (start[axis] % sizes[axis] * layer.stride[axis] for axis in (0, 1))
-    strides = layer.stride[0] * skip, layer.stride[1] * skip
-    padded = F.pad(inputs_NCHW, layer.padding)[:, :, top:, left:]
-    return F.unfold(padded, layer.weight.shape[2:], layer.dilation, stride=strides)
-
-
-def _by_group(values_NCR: Tensor, groups: int, size: int) -> Tensor:
-    """Lay positions of all images side by side, group by group, in float32 or better."""
-    images, _, rows = values_NCR.shape
-    grouped = values_NCR.reshape(images, groups, size, rows).permute(1, 2, 0, 3)
-    return grouped.to(torch.promote_types(values_NCR.dtype, torch.float32)).reshape(groups, size, images * rows)
 
 
 def solve(layer: Layer, fit: Sequence[Sample], holdout: Sequence[Sample], effort: Effort | None = None) -> Solution:

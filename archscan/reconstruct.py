@@ -29,8 +29,9 @@ from torch import Tensor, nn
 
 from archscan.capture import train_mode
 from archscan.heldout import LEAST_SAMPLES, count, distance, gathered, minds_no_mirror, split
-from archscan.least_squares import Effort, Layer, Sample, Solution, solve
+from archscan.least_squares import Effort, Solution, solve
 from archscan.lockstep import Meeting, lockstep
+from archscan.positions import Layer, Sample
 from archscan.recover import recalibrate_batchnorm
 from archscan.rehearsal import Place, Rehearsal, rehearse
 from archscan.surgery import Surgery, named_tensors

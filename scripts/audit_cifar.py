@@ -9,14 +9,22 @@ python scripts/audit_cifar.py --networks resnet20 --units 140 --samples 2048 --h
 """
 
 import argparse
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from benchmarking import origin, provenance, restart_with_quiet_memory, table, write
+from benchmarking import (
+    names,
+    open_cifar,
+    origin,
+    parser_on_cifar,
+    provenance,
+    restart_with_quiet_memory,
+    table,
+    write,
+)
 from rich.console import Console
 
 import archscan  # noqa: F401 - before timm, which brings torchvision
@@ -27,7 +35,7 @@ from archscan.groups import Coupling, couple
 from archscan.losses import classification_loss
 from archscan.report.audit import AuditedCriterion, Reliability, ceiling, cell, change, factor, number
 from archscan.report.progress import progress_on
-from archscan.sources import Subject, open_subject
+from archscan.sources import Subject
 
 SMALL = 0.5
 """Loss change from which on no expansion around the trained network can be asked to hold."""
@@ -211,9 +219,8 @@ summed over units; `spread`: how much that ratio differs between channel groups 
 
 def main() -> None:
     """Audit and write the report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path(os.environ.get("ARCHSCAN_DATA", "../shared/data")))
-    parser.add_argument("--networks", default="resnet20,resnet56")
+    parser = parser_on_cifar(__doc__, "reports/audit-cifar")
+    parser.add_argument("--networks", type=names, default=["resnet20", "resnet56"])
     parser.add_argument("--units", type=int, default=90)
     parser.add_argument("--sets", type=int, default=24)
     parser.add_argument("--samples", type=int, default=512)
@@ -221,28 +228,25 @@ def main() -> None:
     parser.add_argument("--larger", type=int, default=2048)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--output", type=Path, default=Path("reports/audit-cifar"))
     given = parser.parse_args()
     restart_with_quiet_memory(given.threads)
-    networks = given.networks.split(",")
     fewer = {"units": given.units // 2, "sets": 0, "samples": given.larger, "held_out": given.larger}
-    jobs: list[tuple[str, Sequence[str] | None, argparse.Namespace]] = [(network, None, given) for network in networks]
+    jobs: list[tuple[str, Sequence[str] | None, argparse.Namespace]]
+    jobs = [(network, None, given) for network in given.networks]
     if given.larger:
-        jobs.insert(1, (networks[0], FIRST_ORDER, argparse.Namespace(**{**vars(given), **fewer})))
+        jobs.insert(1, (given.networks[0], FIRST_ORDER, argparse.Namespace(**{**vars(given), **fewer})))
     made = provenance(given.threads)
     rows: list[Row] = []
-    for network, names, wanted in jobs:  # written after each, since the last network takes the longest
-        rows.append(_audited(network, names, wanted))
+    for network, criteria, wanted in jobs:  # written after each, since the last network takes the longest
+        rows.append(_audited(network, criteria, wanted))
         data: dict[str, Any] = {"made": made, "rows": [asdict(row) for row in rows]}
         parts = ["# Which criterion is right about the CIFAR ResNets", LEGEND, *map(section, rows), origin(made)]
         write(given.output, data, "\n\n".join(parts))
 
 
-def _audited(network: str, names: Sequence[str] | None, given: argparse.Namespace) -> Row:
-    weights = given.data / f"{network}_cifar10.safetensors"
-    subject = open_subject(f"{network}_cifar", weights=str(weights), input_size=(32, 32))
-    return run(subject, couple(subject.model, subject.example_input), given.data, names, given)
+def _audited(network: str, criteria: Sequence[str] | None, given: argparse.Namespace) -> Row:
+    subject = open_cifar(given.data, f"{network}_cifar")
+    return run(subject, couple(subject.model, subject.example_input), given.data, criteria, given)
 
 
 if __name__ == "__main__":

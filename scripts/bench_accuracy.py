@@ -10,16 +10,25 @@ python scripts/bench_accuracy.py --networks resnet56_cifar --methods default,obd
 
 import argparse
 import json
-import os
 import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from accuracy_report import DEFAULT, Point, Setting, markdown, plot
-from benchmarking import counted_macs, provenance, require_peer, restart_with_quiet_memory, write
+from benchmarking import (
+    Cache,
+    counted_macs,
+    names,
+    numbers,
+    open_cifar,
+    parser_on_cifar,
+    provenance,
+    require_peer,
+    restart_with_quiet_memory,
+    write,
+)
 from rich.console import Console
 
 import archscan  # before timm, which brings torchvision
@@ -33,7 +42,7 @@ from archscan.evaluation import top_one  # isort: skip
 from archscan.reconstruct import repair  # isort: skip
 from archscan.recover import recalibrate_batchnorm  # isort: skip
 from archscan.report.progress import progress_on  # isort: skip
-from archscan.sources import Subject, open_subject  # isort: skip
+from archscan.sources import Subject  # isort: skip
 
 NETWORKS = ("resnet20_cifar", "resnet56_cifar")
 RATIOS = (0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
@@ -117,26 +126,8 @@ def of_peer(bench: Bench, text: str, ratios: Sequence[float]) -> Iterator[Point]
         yield Point(bench.network, "torch-pruning", text, ratio, bench.seed, failure=failure)
 
 
-class Cache:
-    """Points in a file of JSON lines, each written with its setting."""
-
-    def __init__(self, path: Path, setting: Setting, resume: bool) -> None:
-        self.path, self.setting = path, asdict(setting)
-        self.points: dict[tuple[str, str, str, float, int], Point] = {}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not resume:
-            path.unlink(missing_ok=True)
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-            entry = json.loads(line)
-            if entry.pop("setting") == self.setting:
-                self.put(Point(**entry), save=False)
-
-    def put(self, point: Point, save: bool = True) -> None:
-        """Remember a point."""
-        self.points[point.key] = point
-        if save:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({**asdict(point), "setting": self.setting}) + "\n")
+def _read_point(entry: dict[str, Any]) -> Point:
+    return Point(**entry)
 
 
 # Run ------------------------------------------------------------------------------------------------------------------
@@ -144,26 +135,18 @@ class Cache:
 
 def options_of() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def names(text: str) -> list[str]:
-        return [name for name in text.split(",") if name]
-
-    default_data = Path(os.environ.get("ARCHSCAN_DATA", "../shared/data"))
+    parser = parser_on_cifar(__doc__, "reports/accuracy")
     parser.add_argument("--networks", type=names, default=list(NETWORKS))
-    parser.add_argument("--data", type=Path, default=default_data, help="folder of weights and images")
     parser.add_argument("--methods", type=names, default=list(METHODS), help=f"{DEFAULT}, or criteria, by comma")
     parser.add_argument("--peers", type=names, default=list(PEERS), help="importance/shortcuts/schedule, by comma")
     parser.add_argument("--recoveries", type=names, default=list(RECOVERIES), help="levels to measure, by comma")
-    parser.add_argument("--ratios", type=lambda text: [float(part) for part in names(text)], default=list(RATIOS))
+    parser.add_argument("--ratios", type=numbers, default=list(RATIOS))
     parser.add_argument("--seeds", type=lambda text: [int(part) for part in names(text)], default=[0, 1, 2])
     parser.add_argument("--samples", type=int, default=512, help="images to score and to repair on")
     parser.add_argument("--recalibration-samples", type=int, default=2048)
     parser.add_argument("--eval-samples", type=int, default=None, help="default: all")
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--resume", action="store_true", help="take what was measured from the cache")
-    parser.add_argument("--output", type=Path, default=Path("reports/accuracy"), help="stem of the files")
     return parser.parse_args()
 
 
@@ -189,8 +172,7 @@ def check(options: argparse.Namespace) -> None:
 
 def benches(options: argparse.Namespace, name: str) -> Iterator[tuple[Bench, float]]:
     """Open a network once for each seed of the calibration images, with its dense accuracy."""
-    weights = options.data / f"{name.removesuffix('_cifar')}_cifar10.safetensors"
-    subject = open_subject(f"reference:{name}", weights=str(weights))
+    subject = open_cifar(options.data, name)
     found = evaluation_images(
         options.data / "cifar10-val.zip", subject.preprocessing, samples=options.eval_samples, batch_size=125
     )
@@ -216,7 +198,7 @@ def main() -> None:
     warnings.simplefilter("ignore")  # the peer's
     console = Console(stderr=True)
     setting = Setting(options.samples, options.recalibration_samples, options.eval_samples, options.batch_size)
-    cache = Cache(options.output / "cache.jsonl", setting, options.resume)
+    cache = Cache(options.output / "cache.jsonl", asdict(setting), _read_point, resume=options.resume)
     ratios = sorted(set(options.ratios), reverse=True)
     jobs = [("archscan", name) for name in options.methods] + [("torch-pruning", text) for text in options.peers]
     dense: dict[str, float] = {}

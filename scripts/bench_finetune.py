@@ -12,14 +12,25 @@ python scripts/bench_finetune.py --networks resnet20_cifar --ratios 0.5 --epochs
 import argparse
 import copy
 import json
-import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from benchmarking import counted_macs, origin, provenance, require_peer, restart_with_quiet_memory, table, write
+from benchmarking import (
+    Cache,
+    counted_macs,
+    names,
+    numbers,
+    open_cifar,
+    origin,
+    parser_on_cifar,
+    provenance,
+    require_peer,
+    restart_with_quiet_memory,
+    table,
+    write,
+)
 from rich.console import Console
 
 import archscan  # before timm, which brings torchvision
@@ -29,7 +40,7 @@ from torch import nn  # isort: skip
 
 from archscan.data import ImageSet, calibration_images, evaluation_images  # isort: skip
 from archscan.evaluation import top_one  # isort: skip
-from archscan.sources import Subject, open_subject  # isort: skip
+from archscan.sources import Subject  # isort: skip
 from archscan.training import TrainSettings, open_epochs, train  # isort: skip
 from archscan.training.images import AugmentedImages  # isort: skip
 from archscan.processes import Place  # isort: skip
@@ -134,21 +145,19 @@ def untrained(model: nn.Module, seed: int) -> nn.Module:
     return fresh
 
 
+def _read_point(entry: dict[str, Any]) -> Point:
+    return Point(**{**entry, "curve": tuple(entry["curve"])})
+
+
 # Run ------------------------------------------------------------------------------------------------------------------
 
 
 def options_of() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def names(text: str) -> list[str]:
-        return [name for name in text.split(",") if name]
-
-    default_data = Path(os.environ.get("ARCHSCAN_DATA", "../shared/data"))
+    parser = parser_on_cifar(__doc__, "reports/finetune")
     parser.add_argument("--networks", type=names, default=list(NETWORKS))
-    parser.add_argument("--ratios", type=lambda text: [float(part) for part in names(text)], default=list(RATIOS))
+    parser.add_argument("--ratios", type=numbers, default=list(RATIOS))
     parser.add_argument("--peers", type=names, default=list(PEERS), help="importance/shortcuts/schedule, by comma")
-    parser.add_argument("--data", type=Path, default=default_data, help="folder of weights and images")
     parser.add_argument("--calibration-samples", type=int, default=256, help="images to score and to repair on")
     parser.add_argument("--samples", type=int, default=None, help="images to train on (default: all)")
     parser.add_argument("--eval-samples", type=int, default=None, help="default: all")
@@ -160,16 +169,13 @@ def options_of() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--amp", action="store_true")
     parser.add_argument("--workers", type=int, default=None)
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--resume", action="store_true", help="take what was measured from the cache")
-    parser.add_argument("--output", type=Path, default=Path("reports/finetune"), help="stem of the files")
     return parser.parse_args()
 
 
 def open_bench(options: argparse.Namespace, name: str) -> Bench:
     """Open a network and its images."""
-    weights = options.data / f"{name.removesuffix('_cifar')}_cifar10.safetensors"
-    subject = open_subject(f"reference:{name}", weights=str(weights))
+    subject = open_cifar(options.data, name)
     settings = TrainSettings(
         epochs=options.epochs,
         lr=options.lr,
@@ -218,7 +224,7 @@ def markdown(points: Sequence[Point], dense: dict[str, float], made: dict[str, A
     )
 
 
-def measured(bench: Bench, options: argparse.Namespace, known: dict[tuple[str, str, float], Point]) -> Iterator[Point]:
+def measured(bench: Bench, options: argparse.Namespace, known: Mapping[tuple[Any, ...], Point]) -> Iterator[Point]:
     """Yield the points of a network, those first that are known."""
     for ratio in sorted(options.ratios, reverse=True):
         for way in (ARCHSCAN, *(f"{PEER} {peer}" for peer in options.peers), SCRATCH):
@@ -245,24 +251,16 @@ def main() -> None:
         "amp",
     )
     setting = {name: getattr(options, name) for name in named}
-    cache = options.output / "cache.jsonl"
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    known: dict[tuple[str, str, float], Point] = {}
-    for line in cache.read_text(encoding="utf-8").splitlines() if options.resume and cache.exists() else ():
-        entry = json.loads(line)
-        if entry.pop("setting") == setting:
-            point = Point(**{**entry, "curve": tuple(entry["curve"])})
-            known[point.key] = point
+    cache = Cache(options.output / "cache.jsonl", setting, _read_point, resume=options.resume)
     points, dense = [], {}
     start = time.perf_counter()
     for name in options.networks:
         bench = open_bench(options, name)
         dense[name] = top_one(bench.subject.model, bench.evaluation.batches()).accuracy
-        for point in measured(bench, options, known):
+        for point in measured(bench, options, cache.points):
             points.append(point)
-            if point.key not in known:
-                with cache.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({**asdict(point), "setting": setting}) + "\n")
+            if point.key not in cache.points:
+                cache.put(point)
             console.print(json.dumps(asdict(point)), soft_wrap=True, highlight=False)
     made = provenance(options.threads)
     if options.device == "cuda":

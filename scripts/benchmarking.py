@@ -1,9 +1,10 @@
 """What the benchmark scripts share: where and with what a number was measured, and how it is written down.
 
-A report is two files of one stem: JSON with every number, and Markdown made from it. `bench_trace.py`, `bench_score.py`
-and `bench_criteria.py`, which lie beside this file, import it.
+A report is two files of one stem: JSON with every number, and Markdown made from it. The scripts beside this file
+import it. What takes long is measured point by point, and each point goes to a cache at once.
 """
 
+import argparse
 import ctypes
 import json
 import os
@@ -12,18 +13,98 @@ import resource
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    from archscan.sources import Subject
 
 MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
 """Keeps glibc from giving memory back between two ops, whose page faults would otherwise be half of what is timed."""
 
 PACKAGES = ("archscan", "torch", "timm", "torchvision", "torch-pruning", "fvcore", "numpy", "scipy")
+
+
+def names(text: str) -> list[str]:
+    """Read names with commas between them."""
+    return [name for name in text.split(",") if name]
+
+
+def numbers(text: str) -> list[float]:
+    """Read numbers with commas between them."""
+    return [float(part) for part in names(text)]
+
+
+def parser_on_cifar(description: str | None, output: str) -> argparse.ArgumentParser:
+    """Begin the command line of a benchmark on the CIFAR ResNets.
+
+    Args:
+        description: Of the script.
+        output: Stem of the files that it writes where no other is given.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    data = Path(os.environ.get("ARCHSCAN_DATA", "../shared/data"))
+    parser.add_argument("--data", type=Path, default=data, help="folder of weights and images")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--output", type=Path, default=Path(output), help="stem of the files")
+    return parser
+
+
+def open_cifar(folder: Path, network: str) -> "Subject":
+    """Open a CIFAR ResNet with its trained weights, such as ``resnet20_cifar``."""
+    from archscan.sources import open_subject
+
+    weights = folder / f"{network.removesuffix('_cifar')}_cifar10.safetensors"
+    return open_subject(f"reference:{network}", weights=str(weights))
+
+
+class Measured(Protocol):
+    """A dataclass of one measured point."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What tells points apart."""
+
+
+MeasuredT = TypeVar("MeasuredT", bound=Measured)
+
+
+class Cache(Generic[MeasuredT]):
+    """Points in a file of JSON lines, each written with its setting; those of another setting are not read.
+
+    Args:
+        path: The file.
+        setting: What all points share, in JSON values.
+        read: JSON values of a point → the point.
+        resume: Whether to go on with the file that is there, or to begin another.
+    """
+
+    def __init__(
+        self, path: Path, setting: Mapping[str, Any], read: Callable[[dict[str, Any]], MeasuredT], *, resume: bool
+    ) -> None:
+        self.path, self.setting = path, dict(setting)
+        self.points: dict[tuple[Any, ...], MeasuredT] = {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not resume:
+            path.unlink(missing_ok=True)
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+            entry = json.loads(line)
+            if entry.pop("setting") == self.setting:
+                point = read(entry)
+                self.points[point.key] = point
+
+    def put(self, point: MeasuredT) -> None:
+        """Remember a point."""
+        self.points[point.key] = point
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({**asdict(point), "setting": self.setting}) + "\n")
 
 
 def require_peer() -> None:

@@ -38,10 +38,10 @@ from archscan.audit.summary import reliability_of, scale
 from archscan.commands import audit as command
 from archscan.criteria import score
 from archscan.errors import ArchscanError, BadInput
-from archscan.gates import GateStatistics
+from archscan.gate_statistics import GateStatistics
 from archscan.groups import Coupling, couple
 from archscan.losses import classification_loss
-from archscan.options import AuditOptions, DataOptions, ModelOptions, OutputOptions, RunOptions
+from archscan.options import AuditOptions, DataOptions, ModelOptions, OutputOptions, RunOptions, silent
 from archscan.rebuild import rebuild
 from archscan.reference_nets import cifar_resnet
 from archscan.report.audit import AuditReport, Images, Interval, OwnPlan, cell, json_text, verdict
@@ -583,20 +583,14 @@ def digits(tmp_path: Path, **changes: object) -> AuditOptions:
     return replace(options, **changes)  # type: ignore[arg-type]
 
 
-def silent(_description: str) -> object:
-    from archscan.slimming import silent as quiet
-
-    return quiet(_description)
-
-
 def test_command_writes_an_audit(tmp_path: Path) -> None:
-    saved = auditing.audit_command(digits(tmp_path), silent)  # type: ignore[arg-type]
+    saved = auditing.audit_command(digits(tmp_path), silent)
     assert sorted(path.name for path in saved.folder.iterdir()) == ["audit.html", "audit.json"]
     assert json.loads((saved.folder / "audit.json").read_text()) == saved.report.to_json()
     assert saved.report.calibration == Images("digits", 32)
     assert saved.report.held_out == Images("digits", 32)
     assert "random" in saved.report.warnings[0]
-    again = auditing.audit_command(digits(tmp_path, output=OutputOptions(tmp_path / "out", overwrite=True)), silent)  # type: ignore[arg-type]
+    again = auditing.audit_command(digits(tmp_path, output=OutputOptions(tmp_path / "out", overwrite=True)), silent)
     assert again.report.criteria == saved.report.criteria
     assert again.report.ablations == saved.report.ablations
 
@@ -615,7 +609,7 @@ REFUSED = {
 def test_refusals_are_one_sentence_and_write_nothing(name: str, tmp_path: Path) -> None:
     changes, words = REFUSED[name]
     with pytest.raises(ArchscanError, match=words) as caught:
-        auditing.audit_command(digits(tmp_path, **changes), silent)  # type: ignore[arg-type]
+        auditing.audit_command(digits(tmp_path, **changes), silent)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
 

@@ -44,7 +44,7 @@ def saved(folder: Path, make: Callable[[], hand.Case], recipe: Recipe | None = R
 
 
 def assert_same(a: nn.Module, b: nn.Module) -> None:
-    first, second = saving._tensors(a), saving._tensors(b)
+    first, second = saving.distinct_tensors(a), saving.distinct_tensors(b)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) and first[name].dtype == second[name].dtype for name in first)
 

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from archscan import least_squares
-from archscan.least_squares import Effort, Layer, Sample, solve
+from archscan import least_squares, positions
+from archscan.least_squares import Effort, solve
+from archscan.positions import Layer, Sample
 
 ALL = Effort(rows_per_column=math.inf, ridges=(1e-14,))
 
@@ -134,7 +135,7 @@ def test_streaming_equals_one_shot(monkeypatch):
     (whole,) = samples(of, [12])
     once = solve(of, [whole], [whole], replace(ALL, ridges=(1e-3,)))
     parts = [Sample(x, t) for x, t in zip(whole.inputs.split(5), whole.target.split(5), strict=True)]
-    monkeypatch.setattr(least_squares, "_CHUNK_VALUES", 1)
+    monkeypatch.setattr(positions, "_CHUNK_VALUES", 1)
     streamed = solve(of, parts, parts, replace(ALL, ridges=(1e-3,)))
     torch.testing.assert_close(streamed.weight, once.weight, rtol=1e-10, atol=1e-10)
     assert streamed.error_after == pytest.approx(once.error_after)
@@ -255,8 +256,8 @@ def test_thinned_columns_belong_to_thinned_outputs(kernel, stride, dilation, pad
     outputs = F.conv2d(F.pad(inputs, padding), of.weight, None, stride, 0, dilation)
     assert of.output_size(inputs) == tuple(outputs.shape[2:])
     start = start[0] % skip, start[1] % skip
-    thinned = least_squares._thinned(outputs, start, skip).flatten(2)
-    columns = least_squares._columns(of, inputs, start, skip)
+    thinned = positions.thinned(outputs, start, skip).flatten(2)
+    columns = positions.columns_of(of, inputs, start, skip)
     torch.testing.assert_close(of.weight.flatten(1) @ columns, thinned, rtol=1e-12, atol=1e-12)
     assert Sample(inputs, outputs).fits(of)
     assert not Sample(inputs, outputs[:, :, 1:]).fits(of)

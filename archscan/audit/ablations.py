@@ -12,10 +12,10 @@ from typing import Literal
 
 import numpy as np
 
-from archscan.costs import cost_model
 from archscan.errors import BadInput, InfeasibleBudget
 from archscan.groups import ChannelGroup, Coupling
 from archscan.planner import Budget, plan
+from archscan.replan import priced
 from archscan.widths import WidthRule
 
 Kind = Literal["unit", "set of one group", "set of several groups", "own plan"]
@@ -86,10 +86,8 @@ def own_plan(coupling: Coupling, saliency_U: np.ndarray, kept: float, seed: int)
     """
     if coupling.graph is None or coupling.sizes is None:
         raise BadInput("the coupling has no recorded run to price widths by; make it with archscan.couple")
-    full = np.array([group.steps for group in coupling.groups], dtype=np.int64)
-    costs = cost_model(coupling.graph, coupling.sizes, coupling.parameters, full)
     try:
-        made = plan(coupling.groups, saliency_U, costs, Budget("macs", kept), WidthRule(), seed=seed)
+        made = plan(coupling.groups, saliency_U, priced(coupling), Budget("macs", kept), WidthRule(), seed=seed)
     except InfeasibleBudget:
         return None
     gone: dict[int, list[int]] = {}

@@ -20,9 +20,8 @@ from archscan.audit.summary import rank
 from archscan.errors import BadInput
 from archscan.groups import Coupling
 from archscan.losses import LossFn
-from archscan.options import ProgressCallback
+from archscan.options import ProgressCallback, silent
 from archscan.report.audit import AuditedCriterion
-from archscan.slimming import silent
 
 SHORT = AuditSettings(units=48, sets=24, kept=(0.9, 0.8))
 """How large a short audit is."""

@@ -22,11 +22,11 @@ from archscan.audit.ablations import Ablation, draw_sets, draw_units, free_units
 from archscan.audit.oracle import Losses, measure
 from archscan.criteria import CRITERIA, criterion, score
 from archscan.errors import BadInput
-from archscan.gates import GateStatistics, Need, collect
+from archscan.gate_statistics import GateStatistics, Need
+from archscan.gates import collect
 from archscan.groups import Coupling
 from archscan.losses import LossFn
-from archscan.options import ProgressCallback, ProgressFactory
-from archscan.slimming import silent
+from archscan.options import ProgressCallback, ProgressFactory, silent
 
 QUADRATIC = {"obd": False, "cbs": False, "loss-change": True}
 """Criteria that stand for the quadratic form ½ 1ᵀF_MM 1 of the cost of a set M, F being the Fisher of the gates; and

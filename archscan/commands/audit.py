@@ -2,28 +2,25 @@
 
 import argparse
 import sys
-from pathlib import Path
 
 from archscan.arguments import (
     Parser,
     add_batch_size,
     add_model,
     add_output,
+    add_printing,
     add_run,
+    add_scale,
+    add_seed,
+    add_weights,
     parse_count,
-    parse_numbers,
-    parse_positive_numbers,
-    parse_whole,
+    read_data,
+    read_model,
+    read_output,
+    read_run,
 )
 from archscan.commands.printing import progress_for
-from archscan.options import (
-    REAL_SAMPLES,
-    AuditOptions,
-    DataOptions,
-    ModelOptions,
-    OutputOptions,
-    RunOptions,
-)
+from archscan.options import REAL_SAMPLES, AuditOptions, DataOptions
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -34,8 +31,7 @@ def make_parser() -> argparse.ArgumentParser:
         description="Remove channels one by one and in sets, measure the loss, and rank the criteria by how well they "
         "predicted it. Nothing is slimmed.",
     )
-    model = add_model(parser)
-    model.add_argument("--weights", default="auto", metavar="W", help="auto (default), pretrained, random, or a FILE")
+    add_weights(add_model(parser))
     data = parser.add_argument_group("data")
     source = "labelled images, one folder per class: a DIR, a ZIP, or digits"
     data.add_argument("--data", required=True, metavar="DATA", help=source)
@@ -45,9 +41,7 @@ def make_parser() -> argparse.ArgumentParser:
     data.add_argument("--held-out", type=parse_count, default=AuditOptions.held_out, metavar="N", help=held_out)
     data.add_argument("--eval-data", metavar="DATA", help="where those come from (default: more of --data)")
     add_batch_size(data, DataOptions.batch_size)
-    scale = "per channel, on the scale 0 to 1 (default: the network's)"
-    data.add_argument("--mean", type=parse_numbers, metavar="A,B,C", help=scale)
-    data.add_argument("--std", type=parse_positive_numbers, metavar="A,B,C", help=scale)
+    add_scale(data)
     audit = parser.add_argument_group("audit")
     names = "names with commas between them, or all (default)"
     audit.add_argument("--criterion", type=parse_names, metavar="A,B", help=names)
@@ -55,11 +49,8 @@ def make_parser() -> argparse.ArgumentParser:
     audit.add_argument("--units", type=parse_at_least_three, default=AuditOptions.units, metavar="N", help=units)
     sets = "sets of channels to remove (default: %(default)s)"
     audit.add_argument("--sets", type=parse_at_least_three, default=AuditOptions.sets, metavar="N", help=sets)
-    machine = add_run(parser)
-    machine.add_argument("--seed", type=parse_whole, default=0, metavar="N", help="of everything random (default: 0)")
-    audit.add_argument("--output", type=Path, metavar="DIR", help="of the audit (default: reports/MODEL-audit)")
-    audit.add_argument("--overwrite", action="store_true", help="replace an existing folder")
-    add_output(parser)
+    add_seed(add_run(parser))
+    add_printing(add_output(parser, "of the audit (default: reports/MODEL-audit)"))
     return parser
 
 
@@ -84,10 +75,10 @@ def parse_at_least_three(text: str) -> int:
 def read_options(parsed: argparse.Namespace, command_line: str) -> AuditOptions:
     """Return what ``archscan audit MODEL`` was asked for."""
     return AuditOptions(
-        model=ModelOptions(parsed.model, parsed.weights, parsed.input_size, parsed.num_classes),
-        data=DataOptions(parsed.data, parsed.samples, parsed.eval_data, parsed.batch_size, parsed.mean, parsed.std),
-        run=RunOptions(parsed.device, parsed.threads, parsed.seed),
-        output=OutputOptions(parsed.output, parsed.overwrite, parsed.json, parsed.quiet),
+        model=read_model(parsed),
+        data=read_data(parsed),
+        run=read_run(parsed),
+        output=read_output(parsed),
         criteria=parsed.criterion,
         units=parsed.units,
         sets=parsed.sets,

@@ -1,9 +1,8 @@
 """``archscan evaluate DIR --data DATA``: accuracy of a saved result, and of the original where it is at hand."""
 
 import argparse
-from pathlib import Path
 
-from archscan.arguments import Parser, add_batch_size, add_output, add_run, parse_count, printing
+from archscan.arguments import Parser, add_batch_size, add_printing, add_run, add_saved, parse_count, read_printing
 from archscan.commands.printing import print_evaluation, progress_for
 from archscan.options import EvaluateOptions, RunOptions
 
@@ -15,12 +14,12 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         description="Measure a saved result's accuracy, and the dense original's where its weights are at hand.",
     )
-    parser.add_argument("folder", type=Path, metavar="DIR", help="a folder that archscan saved")
+    add_saved(parser)
     parser.add_argument("--data", required=True, metavar="DATA", help="images with labels: a DIR, a ZIP, or digits")
     parser.add_argument("--samples", type=parse_count, metavar="N", help="use at most so many images (default: all)")
     add_batch_size(parser, EvaluateOptions.batch_size)
     add_run(parser)
-    add_output(parser)
+    add_printing(parser.add_argument_group("output"))
     return parser
 
 
@@ -32,7 +31,7 @@ def read_options(parsed: argparse.Namespace, command_line: str) -> EvaluateOptio
         samples=parsed.samples,
         batch_size=parsed.batch_size,
         run=RunOptions(parsed.device, parsed.threads),
-        output=printing(parsed),
+        output=read_printing(parsed),
         command_line=command_line,
     )
 

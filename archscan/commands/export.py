@@ -4,9 +4,8 @@ import argparse
 import json
 import sys
 from dataclasses import asdict
-from pathlib import Path
 
-from archscan.arguments import Parser, parse_count, printing
+from archscan.arguments import Parser, add_output, add_printing, add_saved, parse_count, read_printing
 from archscan.commands.printing import progress_for
 
 FORMATS = ("onnx", "pt2", "script")
@@ -41,18 +40,14 @@ def make_parser() -> argparse.ArgumentParser:
         description="Write a saved network as ONNX, as a torch.export program, or as TorchScript; run each file beside "
         "PyTorch; and write the architecture, layer by layer, before and after.",
     )
-    parser.add_argument("folder", type=Path, metavar="DIR", help="a folder that archscan saved")
+    add_saved(parser)
     formats = "onnx, pt2 (torch.export), script (TorchScript), with commas between"
     parser.add_argument("--format", type=parse_formats, required=True, metavar="F", help=formats)
     batch = "samples per batch that the files take; dynamic (default) is any number"
     parser.add_argument("--batch", type=parse_batch, default=None, metavar="N", help=batch)
     parser.add_argument("--opset", type=parse_count, metavar="N", help="ONNX opset (default: PyTorch's own)")
-    group = parser.add_argument_group("output")
-    group.add_argument("--output", type=Path, metavar="DIR", help="of the files (default: the saved folder itself)")
-    group.add_argument("--overwrite", action="store_true", help="replace existing files")
-    printed = group.add_mutually_exclusive_group()
-    printed.add_argument("--json", action="store_true", help="print what was exported as JSON and nothing else")
-    printed.add_argument("--quiet", action="store_true", help="print one line only")
+    output = add_output(parser, "of the files (default: the saved folder itself)", "replace existing files")
+    add_printing(output, "what was exported", "one line only")
     return parser
 
 
@@ -62,7 +57,7 @@ def run(parsed: argparse.Namespace, command_line: str) -> None:
     from archscan.report.exports import render_exports, render_exports_short
     from archscan.report.terminal import console, show
 
-    output = printing(parsed)
+    output = read_printing(parsed)
     settings = ExportSettings(parsed.batch, parsed.opset, parsed.overwrite)
     exports = export_saved(parsed.folder, parsed.format, parsed.output, settings, progress_for(output))
     where = parsed.output or parsed.folder

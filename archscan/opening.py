@@ -1,0 +1,96 @@
+"""What every command begins with: options → device, network, batches of images; and refusals of files.
+
+No command is here, and nothing that only one of them needs.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from archscan.data import ImageSet
+from archscan.errors import BadInput
+from archscan.options import DataOptions, ModelOptions, RunOptions
+from archscan.saved import open_saved
+from archscan.sources import Subject, open_subject
+
+SYNTHETIC = "synthetic"
+"""The source of images that is noise."""
+
+_Given = ParamSpec("_Given")
+_Result = TypeVar("_Result")
+
+
+def refusing_bad_files(command: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
+    """Turn what the system says of a file (a name too long, no permission, no space) into a refusal."""
+
+    @wraps(command)
+    def run(*arguments: _Given.args, **keywords: _Given.kwargs) -> _Result:
+        try:
+            return command(*arguments, **keywords)
+        except BrokenPipeError:  # says that nobody reads any more, and nothing of a file
+            raise
+        except OSError as error:
+            name = str(error.filename or "a file")
+            short = name if len(name) <= 80 else f"{name[:77]}…"
+            raise BadInput(f"{short} cannot be used ({error.strerror or error}); give another") from error
+
+    return run
+
+
+@dataclass(frozen=True)
+class Batches:
+    """An image set as an iterable that knows its length and starts anew each time."""
+
+    images: ImageSet
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (images, labels)."""
+        return self.images.batches()
+
+    def __len__(self) -> int:
+        """Count the batches."""
+        return -(-len(self.images) // self.images.batch_size)
+
+    @property
+    def is_synthetic(self) -> bool:
+        """Whether the images are noise, of which no channel's silence says anything."""
+        return self.images.is_synthetic
+
+
+def use_machine(options: RunOptions) -> torch.device:
+    """Set the number of threads and choose the device.
+
+    Raises:
+        BadInput: CUDA is asked for and there is none.
+    """
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise BadInput("there is no CUDA device that this PyTorch can use; pass --device cpu")
+    use_cuda = options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available())
+    return torch.device("cuda" if use_cuda else "cpu")
+
+
+def open_model(model: ModelOptions, data: DataOptions | None = None, seed: int = 0) -> Subject:
+    """Open a network by what was asked for.
+
+    Args:
+        model: Which one, with which weights.
+        data: Decides how images are scaled; None for the network's own way.
+        seed: Of random weights.
+    """
+    data = data or DataOptions()
+    return open_subject(
+        model.name,
+        weights=model.weights,
+        input_size=model.input_size,
+        num_classes=model.num_classes,
+        mean=data.mean,
+        std=data.std,
+        seed=seed,
+        open_saved=open_saved,
+    )
