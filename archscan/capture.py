@@ -239,7 +239,7 @@ def _tensors(tree: Any) -> list[Tensor]:
     return found
 
 
-def _with_batch(example_input: Any, batch_size: int, device: str) -> Any:
+def with_batch(example_input: Any, batch_size: int, device: str) -> Any:
     """Make inputs like the example's with another batch size; on ``meta`` they have no content."""
 
     def resize(leaf: Any) -> Any:
@@ -267,7 +267,7 @@ def _record_on_meta(model: nn.Module, example_input: Any, batch_size: int, train
         for name, tensor in items:
             tensors[name] = torch.empty_like(tensor, device="meta")
             named[id(tensors[name])] = (kind, name)
-    args, kwargs = split_input(_with_batch(example_input, batch_size, "meta"))
+    args, kwargs = split_input(with_batch(example_input, batch_size, "meta"))
     for leaf in _tensors((args, kwargs)):
         named[id(leaf)] = ("input", "")
 
@@ -307,7 +307,7 @@ def _record_on_cpu(model: nn.Module, example_input: Any, batch_size: int, traini
     named: dict[int, tuple[Kind, str]] = {}
     for kind, items in _named_tensors(model):
         named |= {id(tensor): (kind, name) for name, tensor in items}
-    args, kwargs = split_input(_with_batch(example_input, batch_size, "cpu"))
+    args, kwargs = split_input(with_batch(example_input, batch_size, "cpu"))
     inputs = _tensors((args, kwargs))
     for leaf in inputs:
         named[id(leaf)] = ("input", "")

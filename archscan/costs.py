@@ -1,6 +1,8 @@
 """MACs, parameters and activations as functions of widths that do not exist yet: `Graph`, sizes → `CostModel`.
 
-All numbers are per image; one multiply-accumulate is one FLOP, as `mac_table` counts it.
+All numbers are per image; one multiply-accumulate is one FLOP, as `mac_table` counts it. Memory is counted in elements:
+what is held at the same time (see `liveness`), what ops allocate, and what they read and write. Measured time is no
+count; a model of it can be attached (`CostModel.with_timing`).
 
 Data format: every cost is a sum of terms, each a coefficient times a product of sizes that are linear in the groups'
 widths. At most two sizes of a term depend on widths, so a cost is a quadratic form in the widths (`Quadratic`): that
@@ -13,8 +15,8 @@ half; one that prepares weights (a standardised convolution) counts in full, sin
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -22,6 +24,7 @@ from scipy import sparse
 
 from archscan.errors import BadInput, UnsupportedOp
 from archscan.graph import Graph, Node
+from archscan.liveness import moments, shared_input, storages
 from archscan.mac_table import (
     IGNORED,
     MAC_HANDLES,
@@ -33,9 +36,26 @@ from archscan.mac_table import (
     counts_as_activation,
 )
 
-__all__ = ["CostKind", "CostModel", "Quadratic", "Size", "SizeOf", "Sizes", "constant_sizes", "cost_model"]
+__all__ = [
+    "BudgetKind",
+    "CostKind",
+    "CostModel",
+    "Quadratic",
+    "Size",
+    "SizeOf",
+    "Sizes",
+    "constant_sizes",
+    "cost_model",
+]
 
-CostKind = Literal["macs", "params", "activations"]
+CostKind = Literal["macs", "params", "activations", "outputs", "traffic"]
+"""What adds up over modules; ``outputs`` is what ops allocate, ``traffic`` what they read and write, in elements."""
+
+BudgetKind = Literal["macs", "params", "latency", "memory"]
+"""What can be limited; ``memory`` is the most elements that are held at the same time."""
+
+_TermKind = Literal[CostKind, "held"]
+_KINDS: tuple[CostKind, ...] = get_args(CostKind)
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +72,10 @@ class Quadratic:
     linear_G: np.ndarray
     matrix_GG: np.ndarray
 
+    def at(self, widths_G: np.ndarray) -> int:
+        """Evaluate for given widths."""
+        return int(self.constant + self.linear_G @ widths_G + widths_G @ self.matrix_GG @ widths_G)
+
 
 @dataclass(frozen=True, eq=False)
 class _Polynomial:
@@ -66,6 +90,12 @@ class _Polynomial:
         for column in range(self.factors_TK.shape[1]):
             values_TB *= sizes_VB[self.factors_TK[:, column]]
         return values_TB
+
+    def part(self, terms: np.ndarray) -> "_Polynomial":
+        """Sum over some of the terms only."""
+        return _Polynomial(
+            self.coefficient_T[terms], self.factors_TK[terms], tuple(self.modules_T[term] for term in terms.tolist())
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +115,9 @@ class CostModel:
     _slopes_VG: sparse.csr_array
     _constants_V: np.ndarray
     _polynomials: Mapping[CostKind, _Polynomial]
+    _held: _Polynomial
+    _moments: tuple[np.ndarray, ...]
+    _timing: Quadratic | None = None
 
     def evaluate(self, kind: CostKind, widths_G: np.ndarray) -> int:
         """Price one choice of widths, in MACs, parameters or elements; `widths_G` holds kept steps per group."""
@@ -102,13 +135,41 @@ class CostModel:
             total[module] += value
         return dict(total)
 
-    def quadratic(self, kind: CostKind) -> Quadratic:
-        """Write a cost as a quadratic form in the widths.
+    def limited(self, kind: BudgetKind, widths_G: np.ndarray) -> int:
+        """Price what a budget can limit: the largest of its `quadratics`."""
+        if kind == "macs" or kind == "params":
+            return self.evaluate(kind, widths_G)
+        if kind == "latency":
+            return self._measured().at(np.asarray(widths_G))
+        values_T = self._held.terms(self._sizes(np.asarray(widths_G)[None]))[:, 0]
+        return max((int(values_T[terms].sum()) for terms in self._moments), default=0)
+
+    def quadratics(self, kind: BudgetKind) -> tuple[Quadratic, ...]:
+        """Write what a budget limits as quadratic forms in the widths, none of which may exceed it.
 
         Raises:
             UnsupportedOp: Some term is a product of three sizes that all depend on widths.
         """
-        polynomial = self._polynomials[kind]
+        if kind == "macs" or kind == "params":
+            return (self.quadratic(kind),)
+        if kind == "latency":
+            return (self._measured(),)
+        return tuple(self._quadratic(self._held.part(terms)) for terms in self._moments)
+
+    def with_timing(self, timing: Quadratic) -> "CostModel":
+        """Return the same costs with a model of the measured time, in units of its choice."""
+        return replace(self, _timing=timing)
+
+    def _measured(self) -> Quadratic:
+        if self._timing is None:
+            raise BadInput("a budget on latency needs a latency model of this network; none was measured")
+        return self._timing
+
+    def quadratic(self, kind: CostKind) -> Quadratic:
+        """Write one cost as a quadratic form in the widths; refusals as in `quadratics`."""
+        return self._quadratic(self._polynomials[kind])
+
+    def _quadratic(self, polynomial: _Polynomial) -> Quadratic:
         factors_TK = polynomial.factors_TK
         if factors_TK.shape[1] > 2:
             one = len(self._constants_V) - 1
@@ -128,13 +189,16 @@ class CostModel:
         )
 
     def _terms(self, kind: CostKind, widths_BG: np.ndarray) -> np.ndarray:
+        return self._polynomials[kind].terms(self._sizes(widths_BG))
+
+    def _sizes(self, widths_BG: np.ndarray) -> np.ndarray:
+        """Evaluate all sizes; shape [sizes, B]."""
         widths_BG = np.asarray(widths_BG)
         groups = len(self.full_widths_G)
         if widths_BG.ndim != 2 or widths_BG.shape[1] != groups or widths_BG.dtype.kind not in "iu":
             got = f"{widths_BG.dtype} of shape {widths_BG.shape[1:]}"
             raise BadInput(f"widths must be whole numbers, one for each of {groups} channel groups; got {got}")
-        sizes_VB = self._slopes_VG @ widths_BG.T.astype(np.int64) + self._constants_V[:, None]
-        return self._polynomials[kind].terms(sizes_VB)
+        return np.asarray(self._slopes_VG @ widths_BG.T.astype(np.int64) + self._constants_V[:, None])
 
 
 class _Terms:
@@ -143,13 +207,9 @@ class _Terms:
     def __init__(self, full_widths_G: Sequence[int]) -> None:
         self.full_widths_G = full_widths_G
         self.sizes: dict[tuple[int, tuple[tuple[int, int], ...]], int] = {}
-        self.rows: dict[CostKind, list[tuple[int, tuple[int, ...], str]]] = {
-            "macs": [],
-            "params": [],
-            "activations": [],
-        }
+        self.rows: dict[_TermKind, list[tuple[int, tuple[int, ...], str]]] = {kind: [] for kind in get_args(_TermKind)}
 
-    def add(self, kind: CostKind, factors: Iterable[int | Size], module: str, batch_size: int = 1) -> None:
+    def add(self, kind: _TermKind, factors: Iterable[int | Size], module: str, batch_size: int = 1) -> None:
         coefficient, variable = 1, []
         for factor in factors:
             if isinstance(factor, int):
@@ -170,7 +230,7 @@ class _Terms:
         key = (size.constant // scale, tuple((group, indices // scale) for group, indices in steps))
         return scale, [self.sizes.setdefault(key, len(self.sizes))]
 
-    def polynomial(self, kind: CostKind) -> _Polynomial:
+    def polynomial(self, kind: _TermKind) -> _Polynomial:
         rows, one = self.rows[kind], len(self.sizes)
         degree = max([2, *(len(variable) for _, variable, _ in rows)])
         factors_TK = np.full((len(rows), degree), one, dtype=np.int64)
@@ -223,10 +283,33 @@ def cost_model(graph: Graph, size_of: SizeOf, parameters: Mapping[str, Sizes], f
             terms.add("activations", call.output, node.module, _batch_share(graph, node, call.output))
     for path, sizes in parameters.items():
         terms.add("params", sizes, path.rpartition(".")[0])
+    held = _add_memory(terms, graph, checked)
     slopes_VG, constants_V = terms.matrices()
-    polynomials: dict[CostKind, _Polynomial] = {kind: terms.polynomial(kind) for kind in terms.rows}
+    polynomials: dict[CostKind, _Polynomial] = {kind: terms.polynomial(kind) for kind in _KINDS}
     full_G = np.array(full, dtype=np.int64)
-    return CostModel(full_G, tuple(uncounted), tuple(missed), slopes_VG, constants_V, polynomials)
+    return CostModel(
+        full_G, tuple(uncounted), tuple(missed), slopes_VG, constants_V, polynomials, terms.polynomial("held"), held
+    )
+
+
+def _add_memory(terms: _Terms, graph: Graph, size_of: SizeOf) -> tuple[np.ndarray, ...]:
+    """Add what ops allocate, read, write and hold; return the terms of each moment's held values."""
+
+    def add(kind: _TermKind, number: int, module: str) -> None:
+        terms.add(kind, size_of(number), module, graph.batch_size if graph.values[number].per_sample else 1)
+
+    for node, new in zip(graph.nodes, storages(graph).new, strict=True):
+        for number in new:
+            add("outputs", number, node.module)
+        writes = [number for number in node.outputs if number in new or number in node.tensors]
+        if writes or shared_input(node) is None:
+            for number in (*node.tensors, *writes):
+                add("traffic", number, node.module)
+    sets = moments(graph)
+    place = {number: row for row, number in enumerate(sorted(frozenset().union(*sets)))}
+    for number in place:
+        add("held", number, "")
+    return tuple(np.array(sorted(place[number] for number in held)) for held in sets)
 
 
 def _batch_share(graph: Graph, node: Node, factors: Iterable[int | Size]) -> int:

@@ -2,68 +2,49 @@
 
 A plan names, for every channel group, the steps that stay in each fibre. Its cost is never above the budget, and no
 single step of any group would still fit below it. `plan` loses as little saliency as it can; `uniform_plan`, the
-baseline, gives every group the same keep ratio.
+baseline, gives every group the same keep ratio. Several budgets are all met.
 
-The decision that is not obvious: widths are chosen first (`search`), knowing only what each width of a group loses at
-best; which units stay then follows from their saliencies alone.
+Two decisions are not obvious. Widths are chosen first (`search`), knowing only what each width of a group loses at
+best; which units stay then follows from their saliencies alone. And a budget on peak memory is one limit for each
+moment of the run, most of which never bind: the search starts with the largest; one that it exceeds is added.
 """
 
 import difflib
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from fractions import Fraction
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from archscan.costs import CostModel
-from archscan.errors import BadInput, InfeasibleBudget
+from archscan.budgets import (
+    Budget,
+    Costs,
+    Limit,
+    budget_json,
+    costs_at,
+    costs_json,
+    is_count,
+    limits_of,
+    mapping_of_names,
+    read_budget,
+    read_costs,
+    read_number,
+    refuse,
+    require_keys,
+)
+from archscan.costs import BudgetKind, CostModel
+from archscan.errors import BadInput
 from archscan.groups import ChannelGroup
 from archscan.search import Problem, State, search, uniform
 from archscan.set_effects import SetEffects, refine, removed_units
-from archscan.widths import WidthRule, best_steps, choices
+from archscan.widths import Choices, WidthRule, best_steps, choices
 
 __all__ = ["Budget", "BudgetKind", "Costs", "Plan", "WidthRule", "check_fits", "plan", "protect", "uniform_plan"]
 
-BudgetKind = Literal["macs", "params"]
-
 RESTART_WORK = 2_000
 """Random restarts of one search times the square of its groups: small networks get many, large ones few."""
-
-
-@dataclass(frozen=True)
-class Budget:
-    """A cost that must not be exceeded.
-
-    Attributes:
-        kind: What is counted; one MAC is one FLOP.
-        ratio: Kept fraction of the dense network's cost, above 0 and at most 1.
-    """
-
-    kind: BudgetKind
-    ratio: float
-
-    def __post_init__(self) -> None:
-        if self.kind not in ("macs", "params"):
-            raise BadInput(f"the budget is on {self.kind!r}; it must be on 'macs' or 'params'")
-        if isinstance(self.ratio, bool) or not isinstance(self.ratio, (int, float)) or not 0 < self.ratio <= 1:
-            raise BadInput(f"the target ratio is {self.ratio!r}; it is the kept fraction, above 0 and at most 1")
-
-    def limit(self, dense: int) -> int:
-        """Round the budget down to a whole cost, reading the ratio as the decimal number that it prints as."""
-        return math.floor(Fraction(repr(float(self.ratio))) * dense)
-
-
-@dataclass(frozen=True)
-class Costs:
-    """Costs of a network per image: multiply-accumulates, parameters, elements of the outputs of its contractions."""
-
-    macs: int
-    params: int
-    activations: int
 
 
 @dataclass(frozen=True)
@@ -71,8 +52,9 @@ class Plan:
     """What is kept.
 
     Attributes:
-        kept: Group name → for each fibre the kept steps, sorted; all groups are listed, frozen ones in full.
-        budget: What was asked for.
+        kept: Group name → for each fibre the kept steps, sorted; all groups are listed, frozen ones in full. A group
+            that gets wider has all its steps, some more than once: they are the sources of the new ones.
+        budget: What was asked for; all of the MACs, which it may exceed, for a network that only got wider.
         before: Costs of the dense network.
         after: Costs of the planned one.
         saliency_lost: Summed saliency of the removed units.
@@ -88,13 +70,18 @@ class Plan:
     saliency_lost_uniform: float
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def widened(self) -> tuple[str, ...]:
+        """Names of the groups that get wider."""
+        return tuple(name for name, fibres in self.kept.items() if _repeats(fibres[0]))
+
     def to_json(self) -> dict[str, Any]:
         """Write as JSON values."""
         return {
             "kept": {name: [list(fibre) for fibre in fibres] for name, fibres in self.kept.items()},
-            "budget": {"kind": self.budget.kind, "ratio": self.budget.ratio},
-            "before": vars(self.before).copy(),
-            "after": vars(self.after).copy(),
+            "budget": budget_json(self.budget),
+            "before": costs_json(self.before),
+            "after": costs_json(self.after),
             "saliency_lost": self.saliency_lost,
             "saliency_lost_uniform": self.saliency_lost_uniform,
             "provenance": dict(self.provenance),
@@ -107,20 +94,19 @@ class Plan:
         Raises:
             BadInput: Anything is missing, unknown, of another type, out of order or absurdly large.
         """
-        _keys(data, "the plan", cls.__dataclass_fields__)
-        _keys(data["budget"], "budget", Budget.__dataclass_fields__)
-        kept = _mapping(data["kept"], "kept")
+        require_keys(data, "the plan", cls.__dataclass_fields__)
+        kept = mapping_of_names(data["kept"], "kept")
         plan = cls(
             kept={name: _read_fibres(fibres, name) for name, fibres in kept.items()},
-            budget=Budget(data["budget"]["kind"], data["budget"]["ratio"]),
-            before=_read_costs(data["before"], "before"),
-            after=_read_costs(data["after"], "after"),
-            saliency_lost=_read_number(data["saliency_lost"], "saliency_lost"),
-            saliency_lost_uniform=_read_number(data["saliency_lost_uniform"], "saliency_lost_uniform"),
-            provenance=_mapping(data["provenance"], "provenance"),
+            budget=read_budget(data["budget"]),
+            before=read_costs(data["before"], "before"),
+            after=read_costs(data["after"], "after"),
+            saliency_lost=read_number(data["saliency_lost"], "saliency_lost"),
+            saliency_lost_uniform=read_number(data["saliency_lost_uniform"], "saliency_lost_uniform"),
+            provenance=mapping_of_names(data["provenance"], "provenance"),
         )
         for kind in Costs.__dataclass_fields__:
-            if getattr(plan.after, kind) > getattr(plan.before, kind):
+            if not plan.widened and (getattr(plan.after, kind) or 0) > (getattr(plan.before, kind) or 0):
                 raise BadInput(
                     f"the plan's {kind} grow from before to after; it was edited or damaged, so make it again"
                 )
@@ -128,58 +114,29 @@ class Plan:
 
 
 MAX_UNITS = 1_000_000
-MAX_COST = 2**53
-"""No network comes near these; a plan that exceeds them was edited or damaged."""
+"""No network comes near this; a plan that exceeds it was edited or damaged."""
 
 
-def _refuse(where: str, problem: str) -> BadInput:
-    return BadInput(f"{where} of the plan {problem}; it was edited or damaged, so make it again")
-
-
-def _mapping(value: Any, where: str) -> dict[str, Any]:
-    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        raise _refuse(where, "is not a mapping of names")
-    return dict(value)
-
-
-def _keys(value: Any, where: str, expected: Mapping[str, Any]) -> None:
-    found = _mapping(value, where)
-    if different := sorted(set(found) ^ set(expected)):
-        raise _refuse(where, f"has missing or unknown entries ({', '.join(map(repr, different[:5]))})")
-
-
-def _is_count(value: Any, limit: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < limit
-
-
-def _read_number(value: Any, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < math.inf:
-        raise _refuse(where, f"is {value!r}, not a finite number")
-    return float(value)
-
-
-def _read_costs(value: Any, where: str) -> Costs:
-    _keys(value, where, Costs.__dataclass_fields__)
-    for name, cost in value.items():
-        if not _is_count(cost, MAX_COST):
-            raise _refuse(f"{where}.{name}", f"is {str(cost)[:40]}, not a whole number below 2^53")
-    return Costs(**value)
+def _repeats(fibre: Sequence[int]) -> bool:
+    return len(set(fibre)) < len(fibre)
 
 
 def _read_fibres(value: Any, name: str) -> tuple[tuple[int, ...], ...]:
-    """Read the kept steps of one group: at least one fibre, all of one length, each strictly increasing."""
+    """Read the kept steps of one group: at least one fibre, all of one length, each sorted."""
     where = f"group {name[:80]!r}"
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
-        raise _refuse(where, "is not a list of fibres")
+        raise refuse(where, "is not a list of fibres")
     for fibre in value:
         if not isinstance(fibre, Sequence) or isinstance(fibre, str) or not 0 < len(fibre) <= MAX_UNITS:
-            raise _refuse(where, "has a fibre that is not a list of at least one step")
-        if not all(_is_count(step, MAX_UNITS) for step in fibre):
-            raise _refuse(where, f"keeps a step that is not a whole number from 0 to {MAX_UNITS - 1}")
-        if any(first >= second for first, second in pairwise(fibre)):
-            raise _refuse(where, "keeps steps that are not sorted and distinct")
+            raise refuse(where, "has a fibre that is not a list of at least one step")
+        if not all(is_count(step, MAX_UNITS) for step in fibre):
+            raise refuse(where, f"keeps a step that is not a whole number from 0 to {MAX_UNITS - 1}")
+        if any(first > second for first, second in pairwise(fibre)):
+            raise refuse(where, "keeps steps that are not sorted")
+        if _repeats(fibre) and len(set(fibre)) <= fibre[-1]:
+            raise refuse(where, "repeats steps, which only a group that keeps all of them can")
     if len({len(fibre) for fibre in value}) > 1:
-        raise _refuse(where, "keeps more in one fibre than in another")
+        raise refuse(where, "keeps more in one fibre than in another")
     return tuple(tuple(fibre) for fibre in value)
 
 
@@ -230,18 +187,19 @@ def plan(
         BadInput: Saliency that is not finite or not one per unit, or a network that costs nothing.
         InfeasibleBudget: Even the narrowest widths cost more.
     """
-    problem = _problem(groups, saliency_U, costs, budget, rule, gone_U)
-    restarts = max(1, RESTART_WORK // max(len(groups), 1) ** 2)
-    column_G = search(problem, seed=seed, restarts=min(restarts, 40))
-    found = _plan(groups, saliency_U, costs, budget, problem, column_G, gone_U)
+    restarts = min(max(1, RESTART_WORK // max(len(groups), 1) ** 2), 40)
+    posed = _posed(groups, saliency_U, costs, budget, rule, gone_U)
+    chosen = _choose(posed, lambda problem: search(problem, seed=seed, restarts=restarts))
+    found = _plan(groups, saliency_U, costs, budget, chosen, gone_U)
     if effects is None:
         return found
 
     def replan(marginal_U: np.ndarray) -> Plan:
-        posed = _problem(groups, marginal_U, costs, budget, rule, gone_U)
-        return _plan(groups, marginal_U, costs, budget, posed, search(posed, seed=seed, restarts=0), gone_U)
+        again = _posed(groups, marginal_U, costs, budget, rule, gone_U)
+        widths = _choose(again, lambda problem: search(problem, seed=seed, restarts=0))
+        return _plan(groups, marginal_U, costs, budget, widths, gone_U)
 
-    even = _plan(groups, saliency_U, costs, budget, problem, uniform(problem), gone_U)
+    even = _plan(groups, saliency_U, costs, budget, _even(chosen), gone_U)
     return _with_set_effects(groups, effects, (found, even), replan, costs, gone_U)
 
 
@@ -261,7 +219,7 @@ def _with_set_effects(
     return replace(
         start,
         kept=kept,
-        after=_costs(costs, widths_G),
+        after=costs_at(costs, widths_G, start.budget),
         saliency_lost=effects.loss(removed_units(groups, kept, effects, gone_U)),
         saliency_lost_uniform=even,
     )
@@ -280,36 +238,72 @@ def uniform_plan(
 
     Within a group the units of highest saliency stay. There is nothing random here; `seed` is there for the signature.
     """
-    problem = _problem(groups, saliency_U, costs, budget, rule)
-    return _plan(groups, saliency_U, costs, budget, problem, uniform(problem))
+    posed = _posed(groups, saliency_U, costs, budget, rule)
+    return _plan(groups, saliency_U, costs, budget, _even(_choose(posed, uniform)))
 
 
-def _problem(
+def planned_widths(
+    groups: Sequence[ChannelGroup], saliency_U: np.ndarray, costs: CostModel, budget: Budget, rule: WidthRule
+) -> np.ndarray:
+    """Choose the steps that each group keeps, without random restarts, for many plans of one network.
+
+    Arguments and refusals as in `plan`; shape [G].
+    """
+    chosen = _choose(
+        _posed(groups, saliency_U, costs, budget, rule), lambda problem: search(problem, seed=0, restarts=0)
+    )
+    return State(chosen.problem, chosen.column_G).width_G
+
+
+@dataclass(frozen=True, eq=False)
+class _Posed:
+    """Widths to choose from, and for each part of the budget its limits."""
+
+    table: Choices
+    limits: tuple[tuple[Limit, ...], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class _Chosen:
+    """A problem with the columns that were chosen, and those of the uniform plan."""
+
+    problem: Problem
+    column_G: np.ndarray
+    uniform_G: np.ndarray
+
+
+def _posed(
     groups: Sequence[ChannelGroup],
     saliency_U: np.ndarray,
     costs: CostModel,
     budget: Budget,
     rule: WidthRule,
     gone_U: np.ndarray | None = None,
-) -> Problem:
+) -> _Posed:
     """Check the planner's input and pose the search; raises what `plan` raises."""
     _check_groups(groups, saliency_U, costs)
     table = choices(groups, np.asarray(saliency_U, dtype=np.float64), rule, gone_U)
-    full_G = costs.full_widths_G
-    dense = costs.evaluate(budget.kind, full_G)
-    narrowest = costs.evaluate(budget.kind, table.steps_GN[:, 0])
-    limit = budget.limit(dense)
-    noun = {"macs": "MACs", "params": "parameters"}[budget.kind]
-    if dense == 0:
-        raise BadInput(f"the network has no {noun} to save; set the target on something that it has")
-    if narrowest > limit:
-        # rounded up, so that the printed end of the range can be asked for
-        lowest = math.ceil(Fraction(narrowest, dense) * 1000) / 1000
-        raise InfeasibleBudget(
-            f"a target of {budget.ratio:g} of the dense {noun} is below what the minimum widths, the frozen and the "
-            f"protected groups allow (reachable: {lowest:.3f} to 1.000 of the dense {noun}); ask for more"
-        )
-    return Problem(table, costs.quadratic(budget.kind), limit)
+    return _Posed(table, limits_of(costs, budget, table.steps_GN[:, 0]))
+
+
+def _choose(posed: _Posed, find: Callable[[Problem], np.ndarray]) -> _Chosen:
+    """Choose widths within the largest limit of each part of the budget; where another is exceeded, within that too."""
+    used = [limits[0] for limits in posed.limits]
+    others = [limit for limits in posed.limits for limit in limits[1:]]
+    rows = np.arange(len(posed.table.last_G))
+    while True:
+        problem = Problem(posed.table, tuple(each.price for each in used), tuple(each.limit for each in used))
+        chosen = _Chosen(problem, find(problem), uniform(problem))
+        widths = [posed.table.steps_GN[rows, column_G] for column_G in (chosen.column_G, chosen.uniform_G)]
+        worst = max(others, key=lambda each: max(map(each.excess, widths)), default=None)
+        if worst is None or max(map(worst.excess, widths)) <= 0:
+            return chosen
+        others.remove(worst)
+        used.append(worst)
+
+
+def _even(chosen: _Chosen) -> _Chosen:
+    return replace(chosen, column_G=chosen.uniform_G)
 
 
 def _check_groups(groups: Sequence[ChannelGroup], saliency_U: np.ndarray, costs: CostModel) -> None:
@@ -327,28 +321,25 @@ def _plan(
     saliency_U: np.ndarray,
     costs: CostModel,
     budget: Budget,
-    problem: Problem,
-    column_G: np.ndarray,
+    chosen: _Chosen,
     gone_U: np.ndarray | None = None,
 ) -> Plan:
-    state, baseline = State(problem, column_G), State(problem, uniform(problem))
-    after = _costs(costs, state.width_G)
-    assert getattr(after, budget.kind) <= problem.limit, "the search works with the prices that the cost model gives"
+    state, baseline = (State(chosen.problem, column_G) for column_G in (chosen.column_G, chosen.uniform_G))
+    before, after = (costs_at(costs, widths_G, budget) for widths_G in (costs.full_widths_G, state.width_G))
+    assert all(getattr(after, part.kind) <= part.limit(getattr(before, part.kind)) for part in budget.parts), (
+        "the search works with the prices that the cost model gives"
+    )
     return Plan(
         kept={
             g.name: best_steps(g, np.asarray(saliency_U), int(width), gone_U)
             for g, width in zip(groups, state.width_G, strict=True)
         },
         budget=budget,
-        before=_costs(costs, costs.full_widths_G),
+        before=before,
         after=after,
         saliency_lost=state.loss,
         saliency_lost_uniform=baseline.loss,
     )
-
-
-def _costs(costs: CostModel, widths_G: np.ndarray) -> Costs:
-    return Costs(*(costs.evaluate(kind, widths_G) for kind in ("macs", "params", "activations")))
 
 
 def protect(groups: Sequence[ChannelGroup], patterns: Sequence[str]) -> tuple[ChannelGroup, ...]:
@@ -369,7 +360,7 @@ def protect(groups: Sequence[ChannelGroup], patterns: Sequence[str]) -> tuple[Ch
             known = {".".join(name.split(".")[:n]) for names in paths for name in names for n in range(1, 9)}
             close = difflib.get_close_matches(pattern, sorted(known), n=3, cutoff=0.4)
             hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "look at the groups that a scan lists"
-            raise BadInput(f"the protected pattern {pattern!r} matches no layer; {hint}")
+            raise BadInput(f"the pattern {pattern!r} matches no layer; {hint}")
         for number in hits:
             frozen.setdefault(number, f"protected by {pattern!r}")
     return tuple(

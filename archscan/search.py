@@ -1,19 +1,20 @@
-"""Choose the widths that lose least within a cost: `Problem` → one column of its choices per group.
+"""Choose the widths that lose least within limits: `Problem` → one column of its choices per group.
 
-    minimise  sum over g of loss_g(w_g)   subject to   C(w) <= limit,   C(w) = c + b·w + w' M w
+    minimise  sum over g of loss_g(w_g)   subject to   C_k(w) <= limit_k,   C_k(w) = c_k + b_k·w + w' M_k w
 
-Losses are convex in each width, the cost is bilinear in coupled widths, so this is a knapsack with coupled prices.
-Several starts are each made feasible, filled up and improved: the uniform plan; the Lagrangian, minimised by
-coordinate descent over groups at a fixed price of cost, which is bisected (Everett 1963; Shoham and Gersho 1988 for
-bit allocation); and random restarts from the best so far. Where there are few combinations, all are tried instead.
+Losses are convex in each width, costs are bilinear in coupled widths: a knapsack with coupled prices. Several starts
+are each made feasible, filled up and improved: the uniform plan; the Lagrangian, minimised by coordinate descent
+over groups at a fixed price of cost, which is bisected (Everett 1963; Shoham and Gersho 1988 for bit allocation); and
+random restarts from the best so far. Where there are few combinations, all are tried instead. Where there are several
+limits, one price is set on a weighted sum of the costs, and the weight of a cost that stays below its limit is lowered
+until only those that bind have a say.
 
 The least loss may lie well below the limit, where one more step of a costly group does not fit. A plan is then landed:
 widths are exchanged at least loss until the cost is within `LANDING` of the limit, as long as no more is lost than by
-the uniform plan.
+the uniform plan. Of several limits most are not reached by any good plan, and there the loss alone decides.
 
-The decision that is not obvious: because the cost is a quadratic form, the gradient of the cost is kept up to date in
-one vector, so that the price of any change of one or two groups is a few multiplications, exact in float64 below
-2^53.
+The decision that is not obvious: because a cost is a quadratic form, its gradient is kept up to date in one vector, so
+that the price of any change of one or two groups is a few multiplications, exact in float64 below 2^53.
 """
 
 import copy
@@ -32,6 +33,12 @@ EXCHANGES = 400
 PAIRED_MOVES = 192
 """Changes of one group that an exchange pairs with each other, roughly; more would cost time quadratically."""
 
+WEIGHINGS = 6
+"""How often the weights of several costs are set anew."""
+
+SHARPNESS = 4
+"""Power of the unspent share of a limit by which the weight of its cost falls."""
+
 LANDING = 0.005
 """Share of the limit that may be left unspent where the width steps allow to spend it."""
 
@@ -47,34 +54,39 @@ class Problem:
 
     Attributes:
         choices: Allowed widths and their losses.
-        price: The cost as a function of the widths.
-        limit: The cost that must not be exceeded.
+        prices: The costs as functions of the widths, at least one.
+        limits: What each must not exceed.
     """
 
     choices: Choices
-    price: Quadratic
-    limit: int
+    prices: tuple[Quadratic, ...]
+    limits: tuple[int, ...]
 
 
 class State:
-    """A choice of widths with its cost and the cost's gradient; `move` keeps all three in step."""
+    """A choice of widths with its costs and their gradients; `move` keeps all three in step."""
 
     def __init__(self, problem: Problem, column_G: np.ndarray) -> None:
         self.steps_GN, self.losses_GN = problem.choices.steps_GN, problem.choices.losses_GN
-        self.last_G, self.limit = problem.choices.last_G, problem.limit
-        matrix_GG = problem.price.matrix_GG.astype(np.float64)
-        self.curvature_G = np.ascontiguousarray(np.diag(matrix_GG))
-        self.coupling_GG = matrix_GG + matrix_GG.T
+        self.last_G = problem.choices.last_G
+        self.limit_K = np.array(problem.limits, dtype=np.float64)
+        # a cost counts as a share of its limit, in units of the first one: a single cost as it is
+        self.weight_K = self.limit_K[0] / np.maximum(self.limit_K, 0.5) if len(self.limit_K) > 1 else np.ones(1)
+        matrix_KGG = np.stack([price.matrix_GG for price in problem.prices]).astype(np.float64)
+        self.curvature_KG = np.ascontiguousarray(np.diagonal(matrix_KGG, axis1=1, axis2=2))
+        self.coupling_KGG = matrix_KGG + matrix_KGG.transpose(0, 2, 1)
         self.rows = np.arange(len(column_G))
         self.column_G = column_G.copy()
         width_G = self.width_G.astype(np.float64)
-        self.slope_G = problem.price.linear_G + self.coupling_GG @ width_G
-        self.cost = float(problem.price.constant + problem.price.linear_G @ width_G + width_G @ matrix_GG @ width_G)
+        linear_KG = np.stack([price.linear_G for price in problem.prices]).astype(np.float64)
+        constant_K = np.array([price.constant for price in problem.prices], dtype=np.float64)
+        self.slope_KG = linear_KG + self.coupling_KGG @ width_G
+        self.cost_K = constant_K + linear_KG @ width_G + matrix_KGG @ width_G @ width_G
 
     def copy(self) -> "State":
         """Make an independent state; the problem's tables are shared."""
         twin = copy.copy(self)
-        twin.column_G, twin.slope_G = self.column_G.copy(), self.slope_G.copy()
+        twin.column_G, twin.slope_KG, twin.cost_K = self.column_G.copy(), self.slope_KG.copy(), self.cost_K.copy()
         return twin
 
     @property
@@ -88,62 +100,93 @@ class State:
         return float(self.losses_GN[self.rows, self.column_G].sum())
 
     @property
-    def slack(self) -> float:
-        """What may still be spent; negative where the limit is exceeded."""
-        return self.limit - self.cost
+    def slack_K(self) -> np.ndarray:
+        """What may still be spent; negative where a limit is exceeded."""
+        return self.limit_K - self.cost_K
+
+    @property
+    def feasible(self) -> bool:
+        """Whether no limit is exceeded."""
+        return bool((self.cost_K <= self.limit_K).all())
 
     @property
     def gap(self) -> int:
-        """How far the cost is below the limit, in whole multiples of `LANDING`; 0 where it landed."""
-        return int(self.gaps(np.asarray(self.slack)))
+        """How far the cost is below the limit, in whole multiples of `LANDING`; 0 where it landed, or need not."""
+        return int(self.gaps(self.slack_K))
 
-    def gaps(self, slack: np.ndarray) -> np.ndarray:
-        """Count the same for any slack."""
-        return np.floor(slack / max(LANDING * self.limit, 0.5))
+    def gaps(self, slack_K: np.ndarray) -> np.ndarray:
+        """Count the same for any slacks; their first axis is that of the costs."""
+        if len(self.limit_K) > 1:
+            return np.zeros(slack_K.shape[1:])
+        gaps: np.ndarray = np.floor(slack_K[0] / max(LANDING * float(self.limit_K[0]), 0.5))
+        return gaps
 
     def move(self, group: int, column: int) -> None:
         """Give one group another of its widths."""
         steps = float(self.steps_GN[group, column] - self.steps_GN[group, self.column_G[group]])
-        self.cost += steps * (self.slope_G[group] + steps * self.curvature_G[group])
-        self.slope_G += steps * self.coupling_GG[group]
+        self.cost_K += steps * (self.slope_KG[:, group] + steps * self.curvature_KG[:, group])
+        self.slope_KG += steps * self.coupling_KGG[:, group]
         self.column_G[group] = column
 
-    def changes(self, offset: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """For a move by `offset` columns: the groups that can, and their changes of steps, loss and cost."""
+    def changes(self, offset: int) -> "Changes":
+        """List the moves of one group by `offset` columns."""
         target_G = self.column_G + offset
         groups = np.flatnonzero((target_G >= 0) & (target_G <= self.last_G))
         now, then = self.column_G[groups], target_G[groups]
         steps = (self.steps_GN[groups, then] - self.steps_GN[groups, now]).astype(np.float64)
         loss = self.losses_GN[groups, then] - self.losses_GN[groups, now]
-        return groups, steps, loss, steps * (self.slope_G[groups] + steps * self.curvature_G[groups])
+        cost_KC = steps * (self.slope_KG[:, groups] + steps * self.curvature_KG[:, groups])
+        return Changes(groups, then, steps, loss, cost_KC)
+
+
+@dataclass(frozen=True, eq=False)
+class Changes:
+    """Moves of one group each.
+
+    Attributes:
+        groups: Which group moves.
+        columns: To which of its columns.
+        steps: Change of its width.
+        loss: Change of the loss.
+        cost_KC: Change of each cost.
+    """
+
+    groups: np.ndarray
+    columns: np.ndarray
+    steps: np.ndarray
+    loss: np.ndarray
+    cost_KC: np.ndarray
 
 
 def fill(state: State) -> None:
     """Widen one step at a time, most loss recovered per cost first, until no step of any group fits."""
     while True:
-        groups, _, loss, cost = state.changes(+1)
-        fits = cost <= state.slack
+        wider = state.changes(+1)
+        fits = (wider.cost_KC <= state.slack_K[:, None]).all(axis=0)
         if not fits.any():
             return
-        groups, gain = groups[fits], -loss[fits] / np.maximum(cost[fits], 0.5)
+        groups = wider.groups[fits]
+        gain = -wider.loss[fits] / np.maximum(state.weight_K @ wider.cost_KC[:, fits], 0.5)
         best = groups[gain == gain.max()]
         group = best[np.argmin(state.width_G[best] / state.steps_GN[best, -1])]
         state.move(int(group), int(state.column_G[group]) + 1)
 
 
 def shrink(state: State, spared: int = -1) -> None:
-    """Narrow one step at a time, least loss per cost saved first, until the limit is met or nothing is left to save.
+    """Narrow one step at a time, least loss per cost saved first, until the limits are met or nothing saves.
 
     Args:
         state: Changed in place.
         spared: Group that keeps its width.
     """
-    while state.slack < 0:
-        groups, _, loss, cost = state.changes(-1)
-        saves = (cost < 0) & (groups != spared)
+    while not state.feasible:
+        narrower = state.changes(-1)
+        exceeded = state.slack_K < 0
+        saved = -(state.weight_K[exceeded] @ narrower.cost_KC[exceeded])
+        saves = (saved > 0) & (narrower.groups != spared)
         if not saves.any():
             return
-        group = groups[saves][np.argmin(loss[saves] / -cost[saves])]
+        group = narrower.groups[saves][np.argmin(narrower.loss[saves] / saved[saves])]
         state.move(int(group), int(state.column_G[group]) - 1)
 
 
@@ -160,7 +203,7 @@ def uniform(problem: Problem) -> np.ndarray:
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
         trial = at(middle)
-        if trial.slack >= 0:
+        if trial.feasible:
             low, state = middle, trial
         else:
             high = middle
@@ -169,7 +212,7 @@ def uniform(problem: Problem) -> np.ndarray:
 
 
 def descend(state: State, price: float) -> None:
-    """Minimise loss + price · cost over one group at a time until no group gains."""
+    """Minimise loss + price · weighted cost over one group at a time until no group gains."""
     for _ in range(SWEEPS):
         moved = False
         for group in range(len(state.column_G)):
@@ -177,7 +220,8 @@ def descend(state: State, price: float) -> None:
             if last == 0:
                 continue
             steps_N = state.steps_GN[group, : last + 1] - state.steps_GN[group, column]
-            cost_N = steps_N * (state.slope_G[group] + steps_N * state.curvature_G[group])
+            slope, curvature = state.weight_K @ state.slope_KG[:, group], state.weight_K @ state.curvature_KG[:, group]
+            cost_N = steps_N * (slope + steps_N * curvature)
             best = int(np.argmin(state.losses_GN[group, : last + 1] + price * cost_N))
             if best != column:
                 state.move(group, best)
@@ -187,15 +231,30 @@ def descend(state: State, price: float) -> None:
 
 
 def lagrangian(start: State) -> list[State]:
-    """Bisect the price of cost; return the last states on either side of the limit, both made feasible."""
+    """Bisect the price of cost, with weights of the costs that find out which limits bind; return feasible states."""
+    found = _bisected(start)
+    for _ in range(WEIGHINGS if len(start.limit_K) > 1 else 0):
+        closest = min(found, key=lambda state: state.loss)
+        start = start.copy()
+        spent_K = np.maximum(closest.cost_K, 0.5) / np.maximum(closest.limit_K, 0.5)
+        start.weight_K = start.weight_K * (spent_K / spent_K.max()) ** SHARPNESS
+        again = _bisected(start)
+        found = found + again
+        if min(state.loss for state in again) >= closest.loss:
+            break
+    return found
+
+
+def _bisected(start: State) -> list[State]:
+    """Bisect the price of cost; return the last states on either side of the limits, both made feasible."""
     finite = np.where(np.isfinite(start.losses_GN), start.losses_GN, 0.0)
-    high = max(float(np.abs(finite).sum()), 1e-300) / max(start.cost, 1.0)
+    high = max(float(np.abs(finite).sum()), 1e-300) / max(float(start.weight_K @ start.cost_K), 1.0)
     low, over, under = 0.0, start, None
     for _ in range(BISECTIONS):
         price = high if under is None else high / 16 if low == 0 else (low * high) ** 0.5
         trial = start.copy()
         descend(trial, price)
-        if trial.slack >= 0:
+        if trial.feasible:
             high, under = price, trial
         else:
             low, over = price, trial
@@ -231,26 +290,26 @@ def _best_exchange(state: State, reach: int, *, landing: bool) -> bool:
     """Do the exchange that is best, of moves of up to `reach` columns; whether there was one."""
     if reach < 1:
         return False
-    down = [np.concatenate(parts) for parts in zip(*(_labelled(state, -n) for n in range(1, reach + 1)), strict=True)]
-    up = [np.concatenate(parts) for parts in zip(*(_labelled(state, n) for n in range(1, reach + 1)), strict=True)]
-    loss = down[2][:, None] + up[2][None]
-    cost = down[3][:, None] + up[3][None] + np.outer(down[1], up[1]) * state.coupling_GG[np.ix_(down[0], up[0])]
-    gap = state.gaps(state.slack - cost) - state.gap if landing else np.zeros(loss.shape)
+    down, up = (_together([state.changes(sign * n) for n in range(1, reach + 1)]) for sign in (-1, +1))
+    loss = down.loss[:, None] + up.loss[None]
+    cost_KDU = down.cost_KC[:, :, None] + up.cost_KC[:, None]
+    cost_KDU += np.outer(down.steps, up.steps) * state.coupling_KGG[:, down.groups[:, None], up.groups]
+    slack_KDU = state.slack_K[:, None, None] - cost_KDU
+    gap = state.gaps(slack_KDU) - state.gap if landing else np.zeros(loss.shape)
     gains = (gap < 0) | ((gap == 0) & (loss < -1e-12 * (abs(state.loss) + 1e-300)))
-    gains &= (cost <= state.slack) & (down[0][:, None] != up[0][None])
+    gains &= (slack_KDU >= 0).all(axis=0) & (down.groups[:, None] != up.groups)
     if not gains.any():
         return False
     loss[~gains | (gap > gap[gains].min())] = np.inf
     narrowed, widened = np.unravel_index(int(np.argmin(loss)), loss.shape)
-    for side, row in ((down, narrowed), (up, widened)):
-        group = int(side[0][row])
-        state.move(group, int(state.column_G[group] + side[4][row]))
+    state.move(int(down.groups[narrowed]), int(down.columns[narrowed]))
+    state.move(int(up.groups[widened]), int(up.columns[widened]))
     return True
 
 
-def _labelled(state: State, offset: int) -> tuple[np.ndarray, ...]:
-    changes = state.changes(offset)
-    return (*changes, np.full(len(changes[0]), offset))
+def _together(parts: list[Changes]) -> Changes:
+    names = Changes.__dataclass_fields__
+    return Changes(*(np.concatenate([getattr(part, name) for part in parts], axis=-1) for name in names))
 
 
 def land(state: State) -> State:
@@ -273,11 +332,11 @@ def land(state: State) -> State:
 def _ripples(state: State) -> Iterator[State]:
     """Change one group by one step, and let the others give or take what that costs or saves."""
     for offset in (+1, -1):
-        for group in state.changes(offset)[0].tolist():
+        for group in state.changes(offset).groups.tolist():
             trial = state.copy()
             trial.move(group, int(state.column_G[group]) + offset)
             shrink(trial, spared=group)
-            if trial.slack >= 0:
+            if trial.feasible:
                 fill(trial)
                 yield trial
 
@@ -319,17 +378,21 @@ def _best_of_all(problem: Problem, baseline: State) -> np.ndarray:
     columns_BG = np.stack(np.unravel_index(np.arange(math.prod(sizes.tolist())), sizes.tolist()), axis=1)
     rows = np.arange(len(sizes))
     width_BG = problem.choices.steps_GN[rows, columns_BG].astype(np.float64)
-    price = problem.price
-    cost_B = price.constant + width_BG @ price.linear_G
-    cost_B += np.einsum("bg,gh,bh->b", width_BG, price.matrix_GG.astype(np.float64), width_BG)
+    cost_KB = np.stack([_costs(price, width_BG) for price in problem.prices])
+    slack_KB = baseline.limit_K[:, None] - cost_KB
     loss_B = problem.choices.losses_GN[rows, columns_BG].sum(1)
     rounded_B = np.round(loss_B / max(np.abs(loss_B).max(), 1e-300), 12)
-    fits_B = (cost_B <= problem.limit) & (loss_B <= baseline.loss + 1e-11 * abs(baseline.loss))
+    fits_B = (slack_KB >= 0).all(axis=0) & (loss_B <= baseline.loss + 1e-11 * abs(baseline.loss))
     uneven_B = np.ptp(width_BG / problem.choices.steps_GN[:, -1], axis=1)
-    order = np.lexsort((uneven_B, rounded_B, baseline.gaps(problem.limit - cost_B), ~fits_B))
+    order = np.lexsort((uneven_B, rounded_B, baseline.gaps(slack_KB), ~fits_B))
     best = State(problem, columns_BG[order[0]])
     fill(best)
     return best.column_G
+
+
+def _costs(price: Quadratic, width_BG: np.ndarray) -> np.ndarray:
+    squares_B: np.ndarray = np.einsum("bg,gh,bh->b", width_BG, price.matrix_GG.astype(np.float64), width_BG)
+    return price.constant + width_BG @ price.linear_G + squares_B
 
 
 def _rank(state: State, *, landing: bool) -> tuple[int, float]:

@@ -12,8 +12,8 @@ lowest steps: fibres (the groups of a grouped convolution) must keep equal count
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -36,10 +36,13 @@ class WidthRule:
     Attributes:
         round_to: Widths are multiples of this many channels (or the full width); None chooses 8, 4, 2 or 1 by group.
         min_width: Fewest channels that a group keeps; None keeps one rounding step.
+        measured: What widths are multiples of where `round_to` is None, by name of the group, for groups of which that
+            was measured (see `latency.steps`).
     """
 
     round_to: int | None = None
     min_width: int | None = None
+    measured: Mapping[str, int] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         for name, value in (("rounding", self.round_to), ("minimum width", self.min_width)):
@@ -66,7 +69,7 @@ def allowed_steps(group: ChannelGroup, rule: WidthRule) -> list[int]:
     """List the widths that a group may have, in steps, ascending; the full width is always the last."""
     if group.frozen is not None:
         return [group.steps]
-    multiple = _steps_per_multiple(group, rule.round_to)
+    multiple = _steps_per_multiple(group, rule.round_to or rule.measured.get(group.name))
     if rule.min_width is None:
         floor = max(multiple, math.ceil(DEFAULT_FLOOR * group.steps))
     else:
