@@ -1,13 +1,18 @@
-"""Make the slim network: model, coupling, kept steps → a new model of the same module classes, and its `Surgery`.
+"""Make the slim or widened network: model, coupling, kept steps → a new model of the same classes, and its `Surgery`.
 
 `apply` cuts a copy by a surgery and lets the modules' attributes follow; `rebuild` also finds the sizes that a forward
 hard-codes (see `follow`), and writes them into the surgery.
 
-The decision that is not obvious: attributes follow from the shape of a weight that has been cut, by the two tables
-`_FOLLOWERS` and `_WEIGHTS`, so a surgery lists indices only and subclasses of torch's layers need no entry.
+Two decisions are not obvious. Attributes follow from the shape of a weight that has been cut, by the two tables
+`_FOLLOWERS` and `_WEIGHTS`, so a surgery lists indices only and subclasses of torch's layers need no entry. And where a
+unit is repeated, every single weight that reads it is split in unequal shares: the copies add up to what the one was
+(Chen et al. 2016, Net2WiderNet, which splits evenly and adds noise), and yet no two of them get the same gradients, so
+that they part in training under any optimiser. Shares are whole multiples of the weight's last binary digit, which add
+up without rounding, and they follow from the tensor's name, so that a surgery always gives the same network.
 """
 
 import copy
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,7 +27,7 @@ from archscan.errors import BadInput, RebuildMismatch
 from archscan.follow import Attributes, CannotFollow, follow
 from archscan.graph import Graph
 from archscan.groups import Coupling
-from archscan.surgery import Cut, Kept, Surgery, kept_units, named_tensors, set_sizes, surgery_for
+from archscan.surgery import Cut, Kept, Surgery, named_tensors, set_sizes, surgery_for, times_kept
 
 __all__ = [
     "CannotFollow",
@@ -35,13 +40,14 @@ __all__ = [
     "apply",
     "predict",
     "rebuild",
+    "sliced",
     "surgery_for",
 ]
 
 
 @dataclass(frozen=True, eq=False)
 class Rebuilt:
-    """A slim network and how it came about.
+    """A slim or widened network and how it came about.
 
     Attributes:
         model: The new network.
@@ -52,7 +58,7 @@ class Rebuilt:
     surgery: Surgery
 
 
-def _sliced(tensor: Tensor, cuts: Sequence[Cut]) -> Tensor:
+def sliced(tensor: Tensor, cuts: Sequence[Cut], name: str) -> Tensor:
     """Take the kept indices of a tensor, in its own memory format."""
     result = tensor.detach()
     for cut in cuts:
@@ -62,17 +68,47 @@ def _sliced(tensor: Tensor, cuts: Sequence[Cut]) -> Tensor:
             result = torch.take_along_dim(result, index, dim=cut.axis)
         else:
             result = result.index_select(cut.axis, index)
+        if cut.repeats == "split" and not result.is_meta:
+            result = _split(result, cut, zlib.crc32(f"{name} {cut.axis}".encode()))
     for dims, layout in ((4, torch.channels_last), (5, torch.channels_last_3d)):
         if tensor.ndim == dims and tensor.is_contiguous(memory_format=layout) and not tensor.is_contiguous():
             return result.contiguous(memory_format=layout)
     return result.contiguous()
 
 
-def _whole_groups_left(count: int, size: int, rows: Sequence[int] | None, where: str) -> int:
+def _split(copies: Tensor, cut: Cut, seed: int) -> Tensor:
+    """Give every copy of a weight an unequal share of it; the shares of one source add up to it exactly.
+
+    Args:
+        copies: The weight, repeated along the axis of the cut.
+        cut: Which of them have one source.
+        seed: Of the shares: between the copies of one source, proportional to draws from [0.5, 1.5].
+    """
+    whole, shape, axis = copies.cpu().double(), copies.shape, cut.axis
+    source = torch.tensor(cut.kept)
+    lead = (len(source), *(1,) * (axis - 1)) if cut.by_row else (1,) * axis
+    source = source.view(*lead, -1, *(1,) * (len(shape) - axis - 1)).expand(shape)
+
+    def over_copies(values: Tensor, how: str) -> Tensor:
+        found = torch.zeros([*shape[:axis], int(source.max()) + 1, *shape[axis + 1 :]], dtype=torch.float64)
+        return found.scatter_reduce_(axis, source, values, how).gather(axis, source)
+
+    draws = torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 0.5
+    kind = torch.finfo(copies.dtype)
+    scale = torch.exp2(torch.frexp(whole).exponent.double() - 1)
+    digit = kind.eps * scale.clamp(min=kind.smallest_normal)
+    shares = (whole * draws / over_copies(draws, "sum") / digit).round() * digit
+    missing = whole - over_copies(shares, "sum")  # some last digits, which go to the largest share
+    return (shares + torch.where(draws == over_copies(draws, "amax"), missing, 0.0)).to(copies)
+
+
+def _whole_groups_left(count: int, size: int, rows: Cut | None, where: str) -> int:
     """Count the groups of a grouped axis that keep any row; those that do must keep equally many."""
     if rows is None:
         return count
-    left = np.bincount(np.asarray(rows) // (size // count), minlength=count)
+    if rows.repeats == "whole":
+        return count * len(rows.kept) // size
+    left = np.bincount(np.asarray(rows.kept) // (size // count), minlength=count)
     left = left[left > 0]
     if (left != left[0]).any():
         raise RebuildMismatch(
@@ -81,35 +117,35 @@ def _whole_groups_left(count: int, size: int, rows: Sequence[int] | None, where:
     return len(left)
 
 
-def _follow_conv(module: Any, weight: Tensor, rows: Sequence[int] | None, where: str) -> None:
+def _follow_conv(module: Any, weight: Tensor, rows: Cut | None, where: str) -> None:
     old_rows = module.in_channels if module.transposed else module.out_channels
     module.groups = _whole_groups_left(module.groups, old_rows, rows, where)
     first, second = weight.shape[0], weight.shape[1] * module.groups
     module.in_channels, module.out_channels = (first, second) if module.transposed else (second, first)
 
 
-def _follow_linear(module: Any, weight: Tensor, _rows: Sequence[int] | None, _where: str) -> None:
+def _follow_linear(module: Any, weight: Tensor, _rows: Cut | None, _where: str) -> None:
     module.out_features, module.in_features = weight.shape
 
 
-def _follow_norm(module: Any, weight: Tensor, _rows: Sequence[int] | None, _where: str) -> None:
+def _follow_norm(module: Any, weight: Tensor, _rows: Cut | None, _where: str) -> None:
     module.num_features = weight.shape[0]
 
 
-def _follow_shape(module: Any, weight: Tensor, _rows: Sequence[int] | None, _where: str) -> None:
+def _follow_shape(module: Any, weight: Tensor, _rows: Cut | None, _where: str) -> None:
     module.normalized_shape = tuple(weight.shape)
 
 
-def _follow_group_norm(module: Any, weight: Tensor, rows: Sequence[int] | None, where: str) -> None:
+def _follow_group_norm(module: Any, weight: Tensor, rows: Cut | None, where: str) -> None:
     module.num_groups = _whole_groups_left(module.num_groups, module.num_channels, rows, where)
     module.num_channels = weight.shape[0]
 
 
-def _follow_prelu(module: Any, weight: Tensor, _rows: Sequence[int] | None, _where: str) -> None:
+def _follow_prelu(module: Any, weight: Tensor, _rows: Cut | None, _where: str) -> None:
     module.num_parameters = weight.numel()
 
 
-_Follower = Callable[[Any, Tensor, Sequence[int] | None, str], None]
+_Follower = Callable[[Any, Tensor, Cut | None, str], None]
 _FOLLOWERS: tuple[tuple[tuple[type[nn.Module], ...], _Follower], ...] = (
     ((nn.modules.conv._ConvNd,), _follow_conv),
     ((nn.Linear,), _follow_linear),
@@ -131,7 +167,7 @@ _WEIGHTS = (
 """Where a module keeps the tensor that has its weight's shape, most certain first."""
 
 
-def _replace(model: nn.Module, cuts: Mapping[int, Sequence[Cut]]) -> None:
+def _replace(model: nn.Module, cuts: Mapping[int, Sequence[Cut]], names: Mapping[int, str]) -> None:
     """Put cut tensors in the places of the old ones; a tensor that is registered twice stays one tensor."""
     new: dict[int, Tensor] = {}
     old: list[Tensor] = []  # kept alive, so that identities stay unique
@@ -142,9 +178,9 @@ def _replace(model: nn.Module, cuts: Mapping[int, Sequence[Cut]]) -> None:
                     continue
                 if id(tensor) not in new:
                     old.append(tensor)
-                    sliced = _sliced(tensor, cuts[id(tensor)])
+                    cut = sliced(tensor, cuts[id(tensor)], names[id(tensor)])
                     is_parameter = isinstance(tensor, nn.Parameter)
-                    new[id(tensor)] = nn.Parameter(sliced, tensor.requires_grad) if is_parameter else sliced
+                    new[id(tensor)] = nn.Parameter(cut, tensor.requires_grad) if is_parameter else cut
                 registry[name] = new[id(tensor)]  # type: ignore[assignment]
 
 
@@ -153,7 +189,7 @@ def apply(model: nn.Module, surgery: Surgery) -> nn.Module:
 
     Args:
         model: The network that the surgery was made for, or one of the same architecture.
-        surgery: Kept indices and new attribute values.
+        surgery: Source of every index, and new attribute values.
 
     Returns:
         A new model of the same module classes, on the same device, trainable, without gradients.
@@ -170,7 +206,7 @@ def apply(model: nn.Module, surgery: Surgery) -> nn.Module:
         if cuts.setdefault(id(tensors[name]), listed) != listed:
             raise RebuildMismatch(f"{name!r} is shared with another path that is cut differently")
     rows = {name: cuts[id(tensor)][0] for name, tensor in tensors.items() if id(tensor) in cuts}
-    _replace(result, cuts)
+    _replace(result, cuts, {id(tensor): name for name, tensor in reversed(tensors.items())})
     after = dict(named_tensors(result))
     for path, module in result.named_modules():
         follow = next((row[1] for row in _FOLLOWERS if isinstance(module, row[0])), None)
@@ -178,7 +214,7 @@ def apply(model: nn.Module, surgery: Surgery) -> nn.Module:
         weight = next((name for name in names if name in after), None)
         if follow is not None and weight in rows:
             first = rows[weight]
-            follow(module, after[weight], first.kept if first.axis == 0 else None, path)  # type: ignore[arg-type]
+            follow(module, after[weight], first if first.axis == 0 else None, path)
     for path, values in surgery.attributes.items():
         for name, value in values.items():
             set_sizes(result.get_submodule(path), name, value)
@@ -214,16 +250,16 @@ def predict(coupling: Coupling, kept: Kept) -> tuple[Predicted | None, Hints]:
     shapes = [
         tuple(size.at(widths_G) for size in coupling.sizes(number)) for number in range(len(coupling.graph.values))
     ]
-    stays = kept_units(coupling, kept)
+    times = times_kept(coupling, kept)
     hints: dict[int, list[tuple[int, int]]] = {}
     for count in coupling.counts:
-        new = count.value if count.units is None else int(stays[count.units].sum()) * (-1 if count.value < 0 else 1)
+        new = count.value if count.units is None else int(times[count.units].sum()) * (-1 if count.value < 0 else 1)
         hints.setdefault(count.node, []).append((count.value, new))
     return shapes, hints
 
 
 def rebuild(model: nn.Module, example_input: Any, coupling: Coupling, kept: Kept) -> Rebuilt:
-    """Make the slim network as a new model; the original is left unchanged.
+    """Make the slim or widened network as a new model; the original is left unchanged.
 
     Args:
         model: The original.

@@ -1,18 +1,18 @@
 """Save a slim network as a folder, and load it: model, plans, surgeries ↔ files that hold no code.
 
 The folder has ``plan.json`` (the recipe of the architecture, and one plan and surgery per time that it was slimmed),
-``model.safetensors`` (every parameter and buffer, once), ``summary.json`` and ``report.html``. It is written beside its
-place and renamed into it, so that an interruption leaves nothing half-written.
+``model.safetensors`` (every parameter and buffer, once), ``summary.json`` and ``report.html``, and appears whole (see
+`folders`).
 
 The decision that is not obvious: a folder may come from anybody. Loading imports nothing that it names, reads integers
-only after they are known to fit the architecture, changes only integer attributes that exist, and only to smaller ones,
-and compares all shapes with the header of the tensor file before it reads a tensor.
+only after they are known to fit the architecture, changes only integer attributes that exist, and only to smaller ones
+(or somewhat larger ones, where a network got wider), and compares all shapes with the header of the tensor file before
+it reads a tensor.
 """
 
 import json
+import math
 import os
-import shutil
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,14 +26,15 @@ from torch import Tensor, nn
 
 from archscan import __version__, recipes
 from archscan.errors import BadInput, RebuildMismatch
+from archscan.folders import check_replaceable, replacing
 from archscan.planner import Plan
 from archscan.rebuild import apply
 from archscan.recipes import Recipe
-from archscan.surgery import Surgery
+from archscan.surgery import MAX_REPEATS, Surgery
 
 PLAN, TENSORS, SUMMARY, REPORT = "plan.json", "model.safetensors", "summary.json", "report.html"
-FORMAT = 1
-"""Version of the folder's layout; raised when an older archscan could not read it."""
+FORMAT, WIDENED = 1, 2
+"""Version of the folder's layout; raised when an older archscan could not read it, as where a network got wider."""
 
 EXPORTS = ("model.onnx", "model.onnx.data", "model.pt2", "model.ts.pt", "architecture.txt")
 """What an export may add to the folder."""
@@ -56,7 +57,7 @@ class Step:
     surgery: Surgery
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
+def distinct_tensors(model: nn.Module) -> dict[str, Tensor]:
     """List every parameter and buffer once, under its first path; buffers that no state dict holds are among them."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
@@ -70,19 +71,7 @@ def check_target(folder: str | os.PathLike[str], *, overwrite: bool = False) -> 
     Raises:
         BadInput: It is a file, exists without `overwrite`, holds what archscan did not write, or cannot be written.
     """
-    target = Path(folder).expanduser().resolve()
-    if target.exists() and not target.is_dir():
-        raise BadInput(f"{target} is a file; choose another output folder")
-    parent = next(path for path in target.parents if path.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise BadInput(f"{parent} is not a folder that can be written to; choose another output folder")
-    if target.is_dir():
-        if not overwrite:
-            raise BadInput(f"{target} exists; pass --overwrite (overwrite=True), or choose another output folder")
-        foreign = sorted(path.name for path in target.iterdir() if path.name not in _OURS or path.is_dir())
-        if foreign:
-            raise BadInput(f"{target} holds {foreign[0]}, which archscan did not write; choose another output folder")
-    return target
+    return check_replaceable(folder, _OURS, "which archscan did not write", overwrite=overwrite)
 
 
 def _json(data: Any) -> str:
@@ -103,7 +92,7 @@ def _pretty(data: Any, depth: int) -> str:
 def _write(folder: Path, model: nn.Module, plan: Mapping[str, Any], summary: Mapping[str, Any], report: str) -> None:
     tensors: dict[str, Tensor] = {}
     storages: set[int] = set()
-    for name, tensor in _tensors(model).items():
+    for name, tensor in distinct_tensors(model).items():
         saved = tensor.detach().cpu().contiguous()
         address = saved.untyped_storage().data_ptr()
         whole = saved.numel() * saved.element_size() == saved.untyped_storage().nbytes()
@@ -147,28 +136,13 @@ def save(
     """
     target = check_target(folder, overwrite=overwrite)
     plan = {
-        "format": FORMAT,
+        "format": WIDENED if any(step.plan.widened for step in steps) else FORMAT,
         "archscan": __version__,
         "recipe": None if recipe is None else recipe.to_json(),
         "history": [{"plan": step.plan.to_json(), "surgery": step.surgery.to_json()} for step in steps],
     }
-    beside = target.parent / f".{target.name}.{uuid.uuid4().hex[:12]}"
-    partial, replaced = beside.with_name(f"{beside.name}.partial"), beside.with_name(f"{beside.name}.replaced")
-    try:
-        partial.mkdir(parents=True)
+    with replacing(target) as partial:
         _write(partial, model, plan, summary, report)
-        if target.exists():
-            target.rename(replaced)
-        partial.rename(target)
-    except OSError as error:
-        raise BadInput(
-            f"{target} cannot be written: {error.strerror or error}; choose another output folder"
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        if replaced.exists() and not target.exists():
-            replaced.rename(target)
-        shutil.rmtree(replaced, ignore_errors=True)
     return target
 
 
@@ -198,10 +172,10 @@ def _read_plan(folder: Path) -> tuple[Recipe | None, list[Mapping[str, Any]]]:
     where = folder / PLAN
     if not isinstance(data, dict) or type(data.get("format")) is not int:
         raise BadInput(f"{where} is no plan of archscan; give a folder that archscan saved")
-    if data["format"] != FORMAT:
+    if data["format"] not in (FORMAT, WIDENED):
         raise BadInput(
-            f"{where} has format {str(data['format'])[:12]}, and this archscan {__version__} reads format {FORMAT}; "
-            f"install the version that wrote it"
+            f"{where} has format {str(data['format'])[:12]}, and this archscan {__version__} reads formats up to "
+            f"{WIDENED}; install the version that wrote it"
         )
     history = data.get("history")
     if set(data) != {"format", "archscan", "recipe", "history"} or not isinstance(history, list) or not history:
@@ -253,7 +227,7 @@ def _architecture(
 
 
 def _check_tensors(model: nn.Module, shapes: Mapping[str, Sequence[int]], where: Path) -> None:
-    mine = {name: tuple(tensor.shape) for name, tensor in _tensors(model).items()}
+    mine = {name: tuple(tensor.shape) for name, tensor in distinct_tensors(model).items()}
     odd = sorted(set(mine) ^ set(shapes))
     if odd:
         lacking = "the file" if odd[0] in mine else "the model"
@@ -277,14 +251,32 @@ def _replay(
     """Build the architecture and slim it as the folder says, each step checked against what it is applied to."""
     recipe, history = _read_plan(folder)
     result = _architecture(folder, recipe, model, build, shapes)
+    most = MAX_REPEATS * max(_elements(result), sum(math.prod(shape) for shape in shapes.values()))
     steps: list[Step] = []
     for entry in history:
         steps.append(Step(Plan.from_json(entry["plan"]), Surgery.from_json(entry["surgery"], result)))
         try:
+            _check_growth(folder, result, steps[-1].surgery, most)
             result = apply(result, steps[-1].surgery)
         except RebuildMismatch as error:
             raise BadInput(f"{folder / PLAN} does not fit its architecture ({error}); load it unedited") from error
     return result, tuple(steps)
+
+
+def _elements(model: nn.Module) -> int:
+    return sum(tensor.numel() for tensor in distinct_tensors(model).values())
+
+
+def _check_growth(folder: Path, model: nn.Module, surgery: Surgery, most: int) -> None:
+    """Refuse a surgery that would make more numbers than `most`, before any is made."""
+    elements = 0
+    for name, tensor in distinct_tensors(model).items():
+        shape = list(tensor.shape)
+        for cut in surgery.cuts.get(name, ()):
+            shape[cut.axis] = len(cut.kept[0] if isinstance(cut.kept[0], tuple) else cut.kept)
+        elements += math.prod(shape)
+    if elements > most:
+        raise BadInput(f"{folder / PLAN} widens the network beyond anything in {TENSORS}; load it unedited")
 
 
 @contextmanager
@@ -328,7 +320,7 @@ def load(
         result, _ = _replay(Path(folder), model, build, shapes)
         _check_tensors(result, shapes, Path(folder) / TENSORS)
         with torch.no_grad():
-            for name, tensor in _tensors(result).items():
+            for name, tensor in distinct_tensors(result).items():
                 saved = file.get_tensor(name)
                 if tensor.dtype == saved.dtype:
                     tensor.copy_(saved)
