@@ -1,24 +1,22 @@
 """The numbers of one run: `Report`, and its JSON form, which is ``summary.json``.
 
 Numbers only: no model, no tensor, no formatted string but the sentences that explain. Every field of the dataclasses is
-the key of the same name in the JSON, so the dataclasses are the schema. Reading is strict (a missing, unknown or
-ill-typed field is refused with its path) because ``archscan show`` opens folders that other people made.
+the key of the same name in the JSON, so the dataclasses are the schema (see `plain`).
 """
 
 import json
-import math
-import types
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Self
 
-from archscan.bottlenecks import Bottleneck
 from archscan.errors import BadInput
+from archscan.findings import Bottleneck, Finding
+from archscan.report.details import LayerLink, SaliencyDetail
+from archscan.report.plain import plain, read
 from archscan.report.training import TrainingRun
 
-LARGEST_COUNT = 2**63
 SUMMARY_FILE = "summary.json"
 
 RANDOM_WEIGHTS = "The weights are random"
@@ -62,9 +60,9 @@ class Data:
 
 @dataclass(frozen=True)
 class Target:
-    """What was asked for: the kept fraction of the dense MACs or parameters."""
+    """What was asked for: the kept fraction of the dense MACs, parameters, measured time or peak activation memory."""
 
-    kind: Literal["macs", "params"]
+    kind: Literal["macs", "params", "latency", "memory"]
     ratio: float
 
 
@@ -76,11 +74,13 @@ class CostTotals:
         macs: Multiply-accumulates; one MAC is one FLOP.
         params: Parameters.
         activations: Output elements of convolutions and linear layers.
+        peak_bytes: Most bytes of activations that are needed at the same time; None where not counted.
     """
 
     macs: int
     params: int
     activations: int
+    peak_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,39 @@ class KeepRatio:
 
     macs: float
     params: float
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Time of one forward pass before and after, measured in turns on the same machine.
+
+    Attributes:
+        before_ms: Median of the dense network.
+        before_iqr_ms: Its interquartile range.
+        after_ms: Median of the slim network; None in a scan.
+        after_iqr_ms: Its interquartile range.
+        ratio: Kept share of the time, the median over rounds in which both ran; None in a scan.
+        ratio_low: Lower end of its 95% bootstrap interval.
+        ratio_high: Upper end.
+        rounds: How often each network ran.
+        batch: Images per forward pass.
+        threads: CPU threads.
+        format: Memory format of weights and images.
+        device: Where it ran, by name.
+    """
+
+    before_ms: float
+    before_iqr_ms: float
+    after_ms: float | None
+    after_iqr_ms: float | None
+    ratio: float | None
+    ratio_low: float | None
+    ratio_high: float | None
+    rounds: int
+    batch: int
+    threads: int
+    format: Literal["contiguous", "channels_last"]
+    device: str
 
 
 @dataclass(frozen=True)
@@ -156,12 +189,24 @@ class ModuleRow:
         macs: Dense, for one input.
         params: Dense.
         macs_after: In the slim network; None in a scan.
+        activation_bytes: What its ops write for one input, dense; None where not counted.
+        activation_bytes_after: In the slim network.
+        time_ms: Its own time in a forward pass of the dense network, measured; None where not measured.
+        time_ms_after: In the slim network.
+        macs_per_byte: Arithmetic intensity, dense: MACs over bytes of inputs, parameters and outputs, counted.
+        bound: What the machine's measured roofline says of it at that intensity; None where not measured.
     """
 
     path: str
     macs: int
     params: int
     macs_after: int | None = None
+    activation_bytes: int | None = None
+    activation_bytes_after: int | None = None
+    time_ms: float | None = None
+    time_ms_after: float | None = None
+    macs_per_byte: float | None = None
+    bound: Literal["memory", "compute"] | None = None
 
 
 @dataclass(frozen=True)
@@ -201,6 +246,27 @@ class Exported:
 
 
 @dataclass(frozen=True)
+class Lossless:
+    """What ``--lossless`` removed, and how far the outputs are from those of the original, with nothing masked.
+
+    Attributes:
+        channels: Removed channels.
+        groups: Groups that lost any.
+        error_on_noise: Largest absolute difference of an output.
+        error_on_images: The same on the calibration images; None where there were none.
+        images: How many they were.
+        tolerance: The difference on noise that rounding explains.
+    """
+
+    channels: int
+    groups: int
+    error_on_noise: float
+    error_on_images: float | None
+    images: int
+    tolerance: float
+
+
+@dataclass(frozen=True)
 class Environment:
     """What it ran on."""
 
@@ -212,10 +278,10 @@ class Environment:
 
 @dataclass(frozen=True)
 class Report:
-    """All numbers of one run of ``slim`` or ``scan``; what a scan does not have is None."""
+    """All numbers of one run of ``slim``, ``widen`` or ``scan``; what a scan does not have is None."""
 
     archscan: str
-    command: Literal["slim", "scan"]
+    command: Literal["slim", "scan", "widen"]
     model: str
     input_shape: tuple[int, ...]
     weights: Weights | None
@@ -240,11 +306,17 @@ class Report:
     command_line: str = ""
     exports: tuple[Exported, ...] = ()
     history: tuple[TrainingRun, ...] = ()
+    findings: tuple[Finding, ...] = ()
+    latency: Latency | None = None
+    further_targets: tuple[Target, ...] = ()
+    links: tuple[LayerLink, ...] = ()
+    saliency: SaliencyDetail | None = None
+    lossless: Lossless | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return plain dicts, lists, numbers and strings, in the order of the fields."""
-        plain: dict[str, Any] = _plain(asdict(self))
-        return plain
+        values: dict[str, Any] = plain(asdict(self))
+        return values
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
@@ -253,7 +325,7 @@ class Report:
         Raises:
             BadInput: Where a field is missing, unknown or not of its type.
         """
-        report: Self = _read(cls, data, SUMMARY_FILE)
+        report: Self = read(cls, data, SUMMARY_FILE)
         return report
 
 
@@ -285,8 +357,8 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain dicts, lists, numbers and strings."""
-        plain: dict[str, Any] = _plain(asdict(self))
-        return plain
+        values: dict[str, Any] = plain(asdict(self))
+        return values
 
 
 def installed_version() -> str:
@@ -316,61 +388,3 @@ def read_report(file: Path) -> Report:
     except (ValueError, RecursionError) as error:
         raise BadInput(f"{file} is not valid JSON ({error}); the file was damaged or edited.") from error
     return Report.from_json(data)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
-
-
-def _read(kind: Any, value: Any, path: str) -> Any:
-    """Return the value as the type says, or refuse; one branch for each form of type that the dataclasses use."""
-    if is_dataclass(kind):
-        return _read_dataclass(kind, value, path)
-    origin, arguments = get_origin(kind), get_args(kind)
-    if origin in (types.UnionType, Union):
-        (inner,) = (argument for argument in arguments if argument is not type(None))
-        return None if value is None else _read(inner, value, path)
-    if origin is tuple and isinstance(value, list):
-        return tuple(_read(arguments[0], item, f"{path}[{place}]") for place, item in enumerate(value))
-    if origin is Mapping and isinstance(value, Mapping):
-        return {str(key): _read(arguments[1], item, f"{path}.{key}") for key, item in value.items()}
-    if origin is Literal and isinstance(value, str) and value in arguments:
-        return value
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if kind is float and number and math.isfinite(value) and abs(value) < LARGEST_COUNT:
-        return float(value)
-    if kind is int and number and isinstance(value, int) and 0 <= value < LARGEST_COUNT:
-        return value
-    if kind in (str, bool) and isinstance(value, kind):
-        return value
-    raise BadInput(f"{path} holds {_short(value)}, which is not {_described(kind)}; the file was damaged or edited.")
-
-
-def _read_dataclass(kind: Any, value: Any, path: str) -> Any:
-    if not isinstance(value, Mapping):
-        raise BadInput(f"{path} holds {_short(value)} where an object belongs; the file was damaged or edited.")
-    names = [item.name for item in fields(kind)]
-    # a field with a default came later than folders that people still have
-    needed = [item.name for item in fields(kind) if item.default is MISSING and item.default_factory is MISSING]
-    wrong = [f"lacks {name!r}" for name in needed if name not in value]
-    wrong += [f"has the unknown field {_short(name)}" for name in value if name not in names]
-    if wrong:
-        raise BadInput(f"{path} {wrong[0]}; it was edited, or written by another version of archscan.")
-    hints = get_type_hints(kind)
-    return kind(**{name: _read(hints[name], value[name], f"{path}: {name}") for name in names if name in value})
-
-
-def _described(kind: Any) -> str:
-    names = {int: "a count", float: "a finite number", str: "a text", bool: "true or false"}
-    if get_origin(kind) is Literal:
-        return "one of " + ", ".join(get_args(kind))
-    return names.get(kind, "a list" if get_origin(kind) is tuple else "an object")
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, int) and not -LARGEST_COUNT < value < LARGEST_COUNT:
-        return "a huge number"
-    text = repr(value)
-    return text if len(text) <= 40 else text[:37] + "…"

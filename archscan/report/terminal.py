@@ -20,7 +20,9 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from archscan.report import views
+from archscan.findings import Finding
+from archscan.report import handover, views
+from archscan.report.branches import BranchRow, branch_rows
 from archscan.report.model import Evaluation, GroupRow, Report
 from archscan.report.views import percent, plural, si
 
@@ -124,32 +126,42 @@ class _BannerBox:
 
 def _slim_sections(report: Report) -> Iterator[RenderableType]:
     yield from _section(f"Cost of {views.input_line(report)}", _cost_table(report))
+    wider = views.wider_groups(report)
+    if wider:
+        more = f", {len(wider) - TOP:,} more in the report" if len(wider) > TOP else ""
+        yield from _section("Groups that got wider", _Fitted(_group_table(wider[:TOP], STUCK)), f"by depth{more}")
     givers = views.top_givers(report, TOP)
     if givers:
         table = _with_totals(_group_table(givers, KEPT), givers, views.widths(report))
         yield from _section("Groups that gave most", table, "by the share of the MACs that went")
     yield from _bottleneck_section(report)
+    yield from _finding_section(report)
     yield from _frozen_section(report)
     lines = [
         ("Verification", views.verification_line(report)),
+        ("Lossless", views.lossless_line(report)),
         ("Accuracy", views.accuracy_line(report) or "not measured; give labelled images with --eval-data DIR"),
+        ("Latency", views.latency_line(report)),
         ("Recovery", report.recovery),
+        *(("Training", line) for line in handover.training_lines(report)),
         ("Saliency lost", views.saliency_line(report)),
         ("Scored on", views.data_line(report)),
         ("Weights", views.weights_line(report)),
         ("Time", views.seconds_line(report)),
+        *(("Exported", f"{entry.file}: {handover.export_line(entry)}") for entry in report.exports),
     ]
     yield from _section("Checks", _pairs([(name, line) for name, line in lines if line]))
 
 
 def _scan_sections(report: Report) -> Iterator[RenderableType]:
     yield from _section(f"Cost of {views.input_line(report)}", _cost_table(report))
-    branches = views.branch_rows(report)
+    branches = branch_rows(report)
     if branches:
         yield from _section("Where the MACs go", _branch_table(branches))
     groups = views.costliest_groups(report, TOP)
     if groups:
         yield from _section("Costliest channel groups", _scan_group_table(report, groups), views.SHARE_NOTE)
+    yield from _finding_section(report)
     yield from _section("Coupling", Text(_clean(views.coupling_line(report))))
     yield from _frozen_section(report)
 
@@ -208,7 +220,7 @@ def _scan_group_table(report: Report, groups: Sequence[GroupRow]) -> Table:
     return table
 
 
-def _branch_table(branches: Sequence[views.BranchRow]) -> Table:
+def _branch_table(branches: Sequence[BranchRow]) -> Table:
     table = _table("module", "MACs", "share", ":", "parameters")
     largest = max(branch.macs_share for branch in branches) or 1.0
     for branch in branches:
@@ -219,9 +231,33 @@ def _branch_table(branches: Sequence[views.BranchRow]) -> Table:
     return table
 
 
+def _finding_section(report: Report) -> Iterator[RenderableType]:
+    if not report.findings:
+        return
+    hidden = len(report.findings) - TOP
+    note = f"the first is the one to act on first{f'; {hidden:,} more in the report' if hidden > 0 else ''}"
+    lines = [line for item in report.findings[:TOP] for line in (*_finding_lines(item), Text(""))]
+    yield from _section("Findings", Group(*lines[:-1]), note)
+
+
+def _finding_lines(item: Finding) -> Iterator[RenderableType]:
+    """Yield a heading, the sentences, and the command in a line of its own that never wraps."""
+    others = f" and {len(item.where) - 1:,} more" if len(item.where) > 1 else ""
+    sure = "" if item.confidence is None else f", {100 * item.confidence:.0f}% sure"
+    on = f", on {item.measured_on}" if item.measured_on else ""
+    where = item.where[0] if item.where and item.where[0] else "the model itself"
+    head = _clean(f"{item.kind}: {where}{others}")
+    yield Text.assemble((f"{item.rank:>2}  ", FAINT), (head, TITLE), (_clean(f"{sure}{on}"), FAINT))
+    gain = f" Gain: {item.gain}." if item.gain else ""
+    yield Padding(Text(_clean(f"{item.seen} {item.why} {item.remedy}{gain}")), (0, 0, 0, 4))
+    if item.option:
+        yield Text(f"    {_clean(item.option)}", style=KEPT, no_wrap=True, overflow="ignore")
+
+
 def _bottleneck_section(report: Report) -> Iterator[RenderableType]:
+    """Yield the bottlenecks of a report without findings, which say the same and more."""
     rows = views.bottleneck_rows(report)
-    if not rows:
+    if not rows or report.findings:
         return
     more = f", {len(rows) - TOP:,} more in the report" if len(rows) > TOP else ""
     note = f"the free groups together kept {percent(rows[0][0].network_keep_ratio)}{more}"

@@ -47,6 +47,8 @@ class TrainingRun:
         accuracy_before: Top-1 before the first epoch, in [0, 1]; None where there were no images to evaluate on.
         epochs: In order.
         command_line: As typed; empty where it was run from Python.
+        round: Of a slimming, which it followed, from 1; None for a training of its own.
+        macs_kept: Fraction of the MACs that the network has of what it was slimmed from; None where it was not told.
     """
 
     images: int
@@ -62,11 +64,28 @@ class TrainingRun:
     accuracy_before: float | None
     epochs: tuple[EpochRow, ...]
     command_line: str = ""
+    round: int | None = None
+    macs_kept: float | None = None
 
     @property
     def seconds(self) -> float:
         """Time of all epochs."""
         return sum(row.seconds for row in self.epochs)
+
+
+def told(run: TrainingRun, after: str = "") -> list[str]:
+    """Say in sentences what a training was.
+
+    Args:
+        run: The training, or one of several that were alike.
+        after: When it took place, such as `` after each of 4 rounds``; empty where that goes without saying.
+    """
+    count, untaught = len(run.epochs), run.teacher.startswith("none")
+    taught = "" if untaught else f", taught by {run.teacher}"
+    sentences = [f"Fine-tuned for {count} epoch{'s' * (count > 1)}{after} on {run.images:,} images{taught}."]
+    if run.teacher.startswith("none, "):
+        sentences.append(f"There was no teacher{run.teacher.removeprefix('none')}.")
+    return sentences
 
 
 @dataclass(frozen=True)

@@ -1,21 +1,18 @@
 """What renderers show: `Report` → verdict, banners and the rows of tables, still numbers and sentences without layout.
 
-Terminal and HTML print the same rows, so the two can never disagree. The decision that is not obvious: the tree of
-modules is cut where the cost is. Starting at the root, a branch is opened while it holds more than half of the MACs, so
-DenseNet's ``features`` opens into blocks while the stages of a ResNet stay one row each.
+Terminal and HTML print the same rows, so the two can never disagree. The decision that is not obvious: sentences that
+compare before and after name how each number came about, counted, measured or estimated, in the sentence itself.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from archscan.bottlenecks import Bottleneck
-from archscan.report.model import NOISE, RANDOM_WEIGHTS, GroupRow, ModuleRow, Report
+from archscan.findings import Bottleneck
+from archscan.report.model import NOISE, RANDOM_WEIGHTS, GroupRow, Report
 
 INPUT_NOTE = "1 MAC = 1 FLOP"
-NEGLIGIBLE = 0.0005
-"""Branches below this share of the MACs are summed into one row."""
-
+PEAK_NOTE = "counted, live activations"
+COST_NOUNS = {"macs": "MACs", "params": "parameters", "memory": "peak activation memory", "latency": "measured time"}
 SHARE_NOTE = "a layer counts for the group it reads and for the group it writes, so shares add up to more than 100%"
 
 
@@ -53,25 +50,6 @@ class FrozenRow:
     def channels(self) -> int:
         """Channels of all of them."""
         return sum(group.units for group in self.groups)
-
-
-@dataclass(frozen=True)
-class BranchRow:
-    """One branch of the module tree with everything below it.
-
-    Attributes:
-        path: Module path; ``(own ops)`` marks what an opened module computes itself.
-        macs: Dense.
-        params: Dense.
-        macs_after: In the slim network; None in a scan.
-        macs_share: Fraction of the dense network's MACs.
-    """
-
-    path: str
-    macs: int
-    params: int
-    macs_after: int | None
-    macs_share: float
 
 
 @dataclass(frozen=True)
@@ -115,12 +93,43 @@ def verdict(report: Report) -> str:
             f"{free.groups:,} of its {plural(len(report.groups), 'channel group')} may be slimmed, "
             f"{free.units:,} channels in all."
         )
-    asked = f" (asked for: at most {percent(report.target.ratio)})"
-    by_macs = report.target.kind == "macs"
-    return (
-        f"{report.model} was slimmed to {percent(report.keep_ratio.macs)} of its MACs{asked if by_macs else ''} and "
-        f"{percent(report.keep_ratio.params)} of its parameters{'' if by_macs else asked}; {_proof(report)}."
-    )
+    if report.lossless is not None:
+        gone = report.lossless
+        return (
+            f"{report.model} lost {plural(gone.channels, 'channel')} that did nothing, in "
+            f"{plural(gone.groups, 'channel group')}, and keeps {percent(report.keep_ratio.macs)} of its MACs and "
+            f"{percent(report.keep_ratio.params)} of its parameters; it computes what the original does."
+        )
+    if report.command == "widen":
+        wider = sum(group.kept > group.units for group in report.groups)
+        return (
+            f"{report.model} was widened at {plural(wider, 'channel group')}, to {percent(report.keep_ratio.macs)} of "
+            f"its MACs and {percent(report.keep_ratio.params)} of its parameters; {_proof(report)}."
+        )
+    *first, last = _kept_shares(report)
+    return f"{report.model} was slimmed to {', '.join(first)} and {last}; {_proof(report)}."
+
+
+def _kept_shares(report: Report) -> list[str]:
+    """Say of which cost how much is kept: MACs and parameters always, what a target is on, and what was measured."""
+    asked = {target.kind: target.ratio for target in (report.target, *report.further_targets) if target is not None}
+    kept = {kind: ratio for kind, ratio in _keep_ratios(report).items() if ratio is not None}
+    return [
+        f"{percent(ratio)} of its {COST_NOUNS[kind]}"
+        + (f" (asked for: {'' if kind == 'latency' else 'at most '}{percent(asked[kind])})" if kind in asked else "")
+        for kind, ratio in kept.items()
+        if kind != "memory" or kind in asked
+    ]
+
+
+def _keep_ratios(report: Report) -> dict[str, float | None]:
+    before, after, keep = report.before.peak_bytes, report.after, report.keep_ratio
+    return {
+        "macs": None if keep is None else keep.macs,
+        "params": None if keep is None else keep.params,
+        "memory": None if after is None or after.peak_bytes is None or not before else after.peak_bytes / before,
+        "latency": None if report.latency is None else report.latency.ratio,
+    }
 
 
 def _proof(report: Report) -> str:
@@ -131,6 +140,8 @@ def _proof(report: Report) -> str:
         return "VERIFICATION FAILED"
     if not proof.applicable:
         return "equality with the masked original cannot be asked for, all other checks passed"
+    if report.command == "widen":
+        return f"the new network computes what the {'plan says' if top_givers(report, 1) else 'original does'}"
     return "the slim network computes what the plan says"
 
 
@@ -139,11 +150,11 @@ def banners(report: Report) -> tuple[Banner, ...]:
     found = []
     if report.verification is not None and not report.verification.passed:
         found.append(Banner("VERIFICATION FAILED", "The rebuilt network is not the masked original; do not use it."))
-    if report.weights is not None and report.weights.kind == "random" and report.command == "slim":
+    if report.weights is not None and report.weights.kind == "random" and report.command != "scan":
         why = f" ({report.weights.reason})" if report.weights.reason else ""
         text = f"Scores reflect initialisation, not training{why}. Give trained weights with --weights FILE."
         found.append(Banner("RANDOM WEIGHTS", text))
-    if report.data is not None and report.data.kind == "synthetic" and report.command == "slim":
+    if report.data is not None and report.data.kind == "synthetic" and report.command != "scan":
         text = "Scores come from noise, not from images. Give real ones with --data DIR."
         found.append(Banner("SYNTHETIC DATA", text))
     return tuple(found)
@@ -156,12 +167,14 @@ def further_warnings(report: Report) -> tuple[str, ...]:
 
 
 def cost_rows(report: Report) -> tuple[CostRow, ...]:
-    """Return MACs, parameters and activations before and after."""
+    """Return MACs, parameters, activations and peak memory before and after."""
     before, after = report.before, report.after
+    peak = before.peak_bytes
     return (
         CostRow("MACs", before.macs, after.macs if after else None, f"counted, {INPUT_NOTE}"),
         CostRow("Parameters", before.params, after.params if after else None, "counted"),
         CostRow("Activations", before.activations, after.activations if after else None, "counted, layer outputs"),
+        *(() if peak is None else (CostRow("Peak bytes", peak, after.peak_bytes if after else None, PEAK_NOTE),)),
     )
 
 
@@ -181,6 +194,11 @@ def top_givers(report: Report, limit: int) -> tuple[GroupRow, ...]:
     gave = [group for group in report.groups if group.kept < group.units]
     gave.sort(key=lambda group: (-(1 - group.kept / group.units) * group.macs_share, group.depth))
     return tuple(gave[:limit])
+
+
+def wider_groups(report: Report) -> tuple[GroupRow, ...]:
+    """Return the groups that got wider, by depth."""
+    return tuple(group for group in report.groups if group.kept > group.units)
 
 
 def costliest_groups(report: Report, limit: int) -> tuple[GroupRow, ...]:
@@ -206,6 +224,14 @@ def bottleneck_rows(report: Report) -> tuple[tuple[Bottleneck, GroupRow], ...]:
     return tuple((item, by_name[item.group]) for item in report.bottlenecks if item.group in by_name)
 
 
+def stuck_groups(report: Report) -> frozenset[str]:
+    """Return the names of the groups that are capacity bottlenecks."""
+    found = [
+        name for item in report.findings if (item.kind, item.level) == ("capacity", "group") for name in item.where
+    ]
+    return frozenset(found or (item.group for item in report.bottlenecks))
+
+
 def frozen_by_reason(report: Report) -> tuple[FrozenRow, ...]:
     """Return the frozen groups by reason, the reason with most channels first."""
     by_reason: dict[str, list[GroupRow]] = defaultdict(list)
@@ -214,62 +240,6 @@ def frozen_by_reason(report: Report) -> tuple[FrozenRow, ...]:
             by_reason[group.reason].append(group)
     rows = [FrozenRow(reason, tuple(groups)) for reason, groups in by_reason.items()]
     return tuple(sorted(rows, key=lambda row: (-row.channels, row.reason)))
-
-
-def branch_rows(report: Report, limit: int = 16) -> tuple[BranchRow, ...]:
-    """Cut the module tree into at most ``limit`` branches that together are the network, in the order of execution."""
-    if not report.modules:
-        return ()
-    total = _macs(report.modules) or 1
-    branches = _cut(report.modules, total)
-    largest = sorted(branches, key=lambda path: -_macs(branches[path]))
-    shown = set(largest if len(largest) <= limit else largest[: limit - 1])
-    shown -= {path for path in shown if _macs(branches[path]) < NEGLIGIBLE * total}
-    hidden = [path for path in branches if path not in shown]
-    rows = [_branch_row(path, branches[path], total) for path in branches if path in shown]
-    if hidden:
-        name = hidden[0] if len(hidden) == 1 else f"({len(hidden)} others)"
-        rows.append(_branch_row(name, [row for path in hidden for row in branches[path]], total))
-    return tuple(rows)
-
-
-def _cut(modules: Sequence[ModuleRow], total: int) -> dict[str, list[ModuleRow]]:
-    """Open the branch that holds more than half of the MACs, again and again; at most one does."""
-    branches = {"": list(modules)}
-    while True:
-        path = max(branches, key=lambda path: _macs(branches[path]))
-        prefix = f"{path}." if path else ""
-        below = any(row.path != path and row.path.startswith(prefix) for row in branches[path])
-        if not below or 2 * _macs(branches[path]) <= total:
-            return branches
-        opened: dict[str, list[ModuleRow]] = {}
-        for name, rows in branches.items():
-            opened.update(_children(name, rows) if name == path else {name: rows})
-        branches = opened
-
-
-def _children(path: str, rows: Sequence[ModuleRow]) -> dict[str, list[ModuleRow]]:
-    prefix = f"{path}." if path else ""
-    children: dict[str, list[ModuleRow]] = defaultdict(list)
-    for row in rows:
-        own = f"{path} (own ops)".strip()
-        children[own if row.path == path else prefix + row.path[len(prefix) :].split(".", 1)[0]].append(row)
-    return children
-
-
-def _branch_row(path: str, rows: Sequence[ModuleRow], total: int) -> BranchRow:
-    after = [row.macs_after for row in rows if row.macs_after is not None]
-    return BranchRow(
-        path=path or "(own ops)",
-        macs=_macs(rows),
-        params=sum(row.params for row in rows),
-        macs_after=sum(after) if len(after) == len(rows) else None,
-        macs_share=_macs(rows) / total,
-    )
-
-
-def _macs(rows: Sequence[ModuleRow]) -> int:
-    return sum(row.macs for row in rows)
 
 
 def verification_line(report: Report) -> str:
@@ -286,7 +256,25 @@ def verification_line(report: Report) -> str:
     error = "no number" if proof.max_abs_error is None else f"{proof.max_abs_error:.1e}"
     bound = "" if proof.tolerance is None else f", tolerance {proof.tolerance:.1e}"
     how = f", {proof.reason}" if proof.passed and proof.reason else ""
-    return f"{outcome}: rebuilt network against masked original{how}, largest difference {error}{bound} (measured)"
+    wider = report.command == "widen" and not top_givers(report, 1)
+    against = "original" if wider else "masked original"
+    return f"{outcome}: rebuilt network against {against}{how}, largest difference {error}{bound} (measured)"
+
+
+def lossless_line(report: Report) -> str | None:
+    """Say how far a network without its dead channels is from the original; None where a budget decided."""
+    found = report.lossless
+    if found is None:
+        return None
+    images = (
+        "not compared on images"
+        if found.error_on_images is None
+        else f"{found.error_on_images:.1e} on {plural(found.images, 'image')}"
+    )
+    return (
+        f"against the original with nothing masked, largest difference {found.error_on_noise:.1e} on noise, tolerance "
+        f"{found.tolerance:.1e}, and {images} (measured)"
+    )
 
 
 def accuracy_line(report: Report) -> str | None:
@@ -299,10 +287,28 @@ def accuracy_line(report: Report) -> str | None:
     return f"{', '.join(known)}{change}; top-1, measured on {plural(report.accuracy.samples, 'image')}"
 
 
+def latency_line(report: Report) -> str | None:
+    """Say the measured times and how they were measured; None where they were not."""
+    time = report.latency
+    if time is None:
+        return None
+    after = ""
+    if time.after_ms is not None and time.ratio is not None:
+        after = f" before, {_milliseconds(time.after_ms, time.after_iqr_ms)} after: {percent(time.ratio)}"
+    if time.ratio_low is not None and time.ratio_high is not None:
+        after += f" (95% interval {percent(time.ratio_low)} to {percent(time.ratio_high)})"
+    how = f"batch {time.batch}, {plural(time.threads, 'thread')}, {time.format}, {time.device}"
+    return f"{_milliseconds(time.before_ms, time.before_iqr_ms)}{after}; {how}, measured {time.rounds:,} times in turns"
+
+
+def _milliseconds(median: float, spread: float | None) -> str:
+    return f"{median:.4g} ms" + ("" if spread is None else f" (IQR {spread:.2g})")
+
+
 def saliency_line(report: Report) -> str | None:
-    """Compare the saliency that the plan lost with the uniform plan's; None in a scan."""
+    """Compare the saliency that the plan lost with the uniform plan's; None where nothing could be lost."""
     lost = report.saliency_lost
-    if lost is None:
+    if lost is None or (report.command == "widen" and not top_givers(report, 1)):
         return None
     against = (
         f", {lost.plan / lost.uniform:.2f} x that of uniform widths at the same budget" if lost.uniform > 0 else ""
