@@ -19,9 +19,13 @@ if TYPE_CHECKING:
     )
     from archscan.exporters import ExportSettings, export
     from archscan.groups import ChannelGroup, channel_groups, couple, coupling_graph
+    from archscan.latency import LatencySetup, compare_latency, measure_latency
+    from archscan.lossless import remove_dead
+    from archscan.retraining import Finetuning
     from archscan.saving import load
     from archscan.slimming import SlimResult, SlimSettings, slim
     from archscan.training import TrainSettings, finetune
+    from archscan.widening import WidenResult, WidenSettings, widen
     from archscan.widths import WidthRule
 
 __all__ = [
@@ -29,30 +33,42 @@ __all__ = [
     "BadInput",
     "ChannelGroup",
     "ExportSettings",
+    "Finetuning",
     "InfeasibleBudget",
+    "LatencySetup",
     "RebuildMismatch",
     "SlimResult",
     "SlimSettings",
     "TrainSettings",
     "UnsupportedOp",
+    "WidenResult",
+    "WidenSettings",
     "WidthRule",
     "__version__",
     "channel_groups",
+    "compare_latency",
     "couple",
     "coupling_graph",
     "export",
     "finetune",
     "load",
+    "measure_latency",
+    "remove_dead",
     "slim",
+    "widen",
 ]
 
 _HOMES = {
     "archscan.errors": ("ArchscanError", "BadInput", "InfeasibleBudget", "RebuildMismatch", "UnsupportedOp"),
     "archscan.exporters": ("ExportSettings", "export"),
     "archscan.groups": ("ChannelGroup", "channel_groups", "couple", "coupling_graph"),
+    "archscan.latency": ("LatencySetup", "compare_latency", "measure_latency"),
+    "archscan.lossless": ("remove_dead",),
     "archscan.saving": ("load",),
     "archscan.slimming": ("SlimResult", "SlimSettings", "slim"),
+    "archscan.retraining": ("Finetuning",),
     "archscan.training": ("TrainSettings", "finetune"),
+    "archscan.widening": ("WidenResult", "WidenSettings", "widen"),
     "archscan.widths": ("WidthRule",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}

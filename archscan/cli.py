@@ -12,7 +12,7 @@ import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 
-from archscan.commands import audit, criteria, evaluate, export, finetune, scan, show, slim
+from archscan.commands import audit, compare, criteria, evaluate, export, finetune, scan, show, slim, sweep, widen
 from archscan.commands import list as list_networks
 from archscan.errors import ArchscanError, BadInput, OtherEnded, is_first, said_once
 
@@ -90,5 +90,8 @@ COMMANDS: dict[str, tuple[Callable[[], ArgumentParser], Callable[[Namespace, str
     "finetune": (finetune.make_parser, finetune.run),
     "audit": (audit.make_parser, audit.run),
     "criteria": (criteria.make_parser, criteria.run),
+    "widen": (widen.make_parser, widen.run),
+    "compare": (compare.make_parser, compare.run),
+    "sweep": (sweep.make_parser, sweep.run),
 }
 """What the first argument may say; a model of the same name is opened as ``timm:scan``."""

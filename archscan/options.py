@@ -5,7 +5,7 @@ count is positive); whether a name exists or an option has an effect is for the 
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -28,11 +28,19 @@ DEFAULT_ROUNDS = 1
 REAL_SAMPLES, SYNTHETIC_SAMPLES = 256, 32
 """Calibration images where no number is asked for; more noise says no more."""
 
+DEFAULT_FIND_AT = 0.5
+"""Kept fraction of the MACs at which capacity bottlenecks are looked for, to widen them."""
+
 ProgressCallback = Callable[[int, int], None]
 """Called with the number of steps done and the number of all steps."""
 
 ProgressFactory = Callable[[str], AbstractContextManager[ProgressCallback]]
 """Opens one progress bar under a description, for the duration of a ``with`` block."""
+
+
+def silent(_description: str) -> AbstractContextManager[ProgressCallback]:
+    """Show no progress; the `ProgressFactory` of those who want none."""
+    return nullcontext(lambda _done, _total: None)
 
 
 @dataclass(frozen=True)
@@ -73,6 +81,9 @@ class DataOptions:
     std: tuple[float, ...] | None = None
 
 
+TargetKind = Literal["macs", "params", "latency", "memory"]
+
+
 @dataclass(frozen=True)
 class BudgetOptions:
     """How small, and within which rules.
@@ -83,13 +94,15 @@ class BudgetOptions:
         round_to: Widths are multiples of this; None chooses by the width of each group.
         min_width: No group gets narrower than this many channels; None chooses by the width of each group.
         protect: Shell patterns of layers that keep their width.
+        also: Further targets, all of which are to be met: what each is of, and its ratio.
     """
 
-    kind: Literal["macs", "params"]
+    kind: TargetKind
     ratio: float
     round_to: int | None = None
     min_width: int | None = None
     protect: tuple[str, ...] = ()
+    also: tuple[tuple[TargetKind, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -137,6 +150,9 @@ class SlimOptions:
         set_effects: Whether a set of units costs the sum of their saliencies, or what a quadratic form says.
         exports: Formats to write besides: ``onnx``, ``pt2``, ``script``.
         command_line: As typed, for the report.
+        latency_batch: Images per forward pass in a measurement of the time before and after; None for no measurement.
+        finetune_epochs: Passes over the images of the data's source after every round; None for no training.
+        finetune_samples: How many of these images to learn from; None for all.
     """
 
     model: ModelOptions
@@ -148,6 +164,39 @@ class SlimOptions:
     recover: Literal["none", "bn", "bias", "ls"] | None = None
     rounds: int = DEFAULT_ROUNDS
     set_effects: Literal["additive", "quadratic"] = "additive"
+    exports: tuple[str, ...] = ()
+    command_line: str = ""
+    latency_batch: int | None = None
+    finetune_epochs: int | None = None
+    finetune_samples: int | None = None
+
+
+@dataclass(frozen=True)
+class WidenOptions:
+    """Everything that ``archscan widen MODEL`` asks for.
+
+    Attributes:
+        budget: Where bottlenecks show (``ratio``), and within which rules the other groups may pay.
+        criterion: A name from the criteria table; None for the default.
+        factor: New width over old.
+        keep_flops: Whether the other groups pay, so that the MACs stay as they are.
+        only: Shell patterns of names of the groups to widen, in place of the bottlenecks.
+        recover: ``bn`` recalibrates BatchNorm where groups paid; None is ``bn`` where the data are real and the network
+            has BatchNorm.
+        exports: Formats to write besides: ``onnx``, ``pt2``, ``script``.
+        command_line: As typed, for the report.
+    """
+
+    model: ModelOptions
+    budget: BudgetOptions = field(default_factory=lambda: BudgetOptions("macs", DEFAULT_FIND_AT))
+    data: DataOptions = field(default_factory=DataOptions)
+    run: RunOptions = field(default_factory=RunOptions)
+    output: OutputOptions = field(default_factory=OutputOptions)
+    criterion: str | None = None
+    factor: float = 2.0
+    keep_flops: bool = False
+    only: tuple[str, ...] = ()
+    recover: Literal["none", "bn"] | None = None
     exports: tuple[str, ...] = ()
     command_line: str = ""
 
@@ -206,3 +255,33 @@ class EvaluateOptions:
     run: RunOptions = field(default_factory=RunOptions)
     output: OutputOptions = field(default_factory=OutputOptions)
     command_line: str = ""
+
+
+@dataclass(frozen=True)
+class SweepOptions:
+    """Everything that ``archscan sweep MODEL`` asks for.
+
+    Attributes:
+        slim: What all slimmings have in common, and the first budget; its output folder holds those of the results.
+        ratios: Kept fractions, one for each result.
+    """
+
+    slim: SlimOptions
+    ratios: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """Everything that ``archscan compare DIR DIR …`` asks for.
+
+    Attributes:
+        folders: Saved results of one network.
+        page: Where to write the page; None for no page.
+        overwrite: Whether an existing page may be replaced.
+        output: What is printed.
+    """
+
+    folders: tuple[Path, ...]
+    page: Path | None = None
+    overwrite: bool = False
+    output: OutputOptions = field(default_factory=OutputOptions)

@@ -1,33 +1,33 @@
 """The commands: options → stages → `Report`. Everything between the command line and the Python API."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import wraps
 from pathlib import Path
-from typing import Literal, ParamSpec, TypeVar
+from typing import Literal
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from archscan import saving
 from archscan.audit import Choice, choose_criterion
 from archscan.criteria import criterion
 from archscan.data import ImageSet, calibration_images, evaluation_images
 from archscan.errors import BadInput
-from archscan.evaluation import top_one
+from archscan.evaluation import require_classes, top_one
 from archscan.exporters import Pair, check_formats, export_pair
 from archscan.heldout import LEAST_SAMPLES
+from archscan.latency import LatencySetup
 from archscan.losses import classification_loss, sampled_label_loss
+from archscan.opening import SYNTHETIC, Batches, open_model, refusing_bad_files, use_machine
 from archscan.options import (
     DEFAULT_CRITERION,
     REAL_SAMPLES,
     SYNTHETIC_SAMPLES,
     EvaluateOptions,
-    ModelOptions,
     ProgressFactory,
-    RunOptions,
     ScanOptions,
     SlimOptions,
+    TargetKind,
+    WidenOptions,
     default_criterion,
 )
 from archscan.planner import Budget, Plan
@@ -37,12 +37,12 @@ from archscan.remarks import Images, data_of, notes_of, warnings_of, weights_of
 from archscan.report import model as numbers
 from archscan.report.model import Evaluation, Report, Saved
 from archscan.results import Context, SlimResult, SlimSettings, report_of, report_of_scan, save_result
+from archscan.retraining import Finetuning, asked_for, check_asked
 from archscan.saved import is_saved, open_original, open_saved, read_result
-from archscan.slimming import Stopwatch, analyse, has_batchnorm, reads_images, slim
-from archscan.sources import Subject, list_networks, open_subject
+from archscan.slimming import Stopwatch, analyse, has_batchnorm, reads_images, slim_each
+from archscan.sources import Subject, list_networks
 from archscan.widths import WidthRule
 
-SYNTHETIC = "synthetic"
 AUTO = "auto"
 """The name that lets a short audit choose the criterion."""
 
@@ -52,41 +52,7 @@ little."""
 
 Recovery = Literal["none", "bn", "bias", "ls"]
 
-_Given = ParamSpec("_Given")
-_Result = TypeVar("_Result")
-
-
-def refusing_bad_files(command: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
-    """Turn what the system says of a file (a name too long, no permission, no space) into a refusal."""
-
-    @wraps(command)
-    def run(*arguments: _Given.args, **keywords: _Given.kwargs) -> _Result:
-        try:
-            return command(*arguments, **keywords)
-        except BrokenPipeError:  # says that nobody reads any more, and nothing of a file
-            raise
-        except OSError as error:
-            name = str(error.filename or "a file")
-            short = name if len(name) <= 80 else f"{name[:77]}…"
-            raise BadInput(f"{short} cannot be used ({error.strerror or error}); give another") from error
-
-    return run
-
-
-@dataclass(frozen=True)
-class Batches:
-    """An image set as an iterable that knows its length and starts anew each time."""
-
-    images: ImageSet
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (images, labels)."""
-        return self.images.batches()
-
-    def __len__(self) -> int:
-        """Count the batches."""
-        return -(-len(self.images) // self.images.batch_size)
-
+_NO_ACCURACY = "no accuracy can be measured; evaluate on the classes that the model was trained for"
 
 # --- archscan MODEL -------------------------------------------------------------------------------------------------
 
@@ -101,56 +67,114 @@ def slim_command(options: SlimOptions, progress: ProgressFactory) -> Saved:
         ArchscanError: Something asked for cannot be had; nothing is written then.
     """
     with joined(use_machine(options.run)) as place, place.together():
-        return _slim_and_save(options, place, progress)
+        return next(slim_and_save((options,), lambda subject: [_default_folder(subject, options)], place, progress))
 
 
-def _slim_and_save(options: SlimOptions, place: Place, progress: ProgressFactory) -> Saved:
-    _check_options(options)
-    watch, device = Stopwatch(), place.device
+def slim_and_save(
+    each: Sequence[SlimOptions],
+    folders_of: Callable[[Subject], Sequence[Path]],
+    place: Place,
+    progress: ProgressFactory,
+) -> Iterator[Saved]:
+    """Slim one network in ways that differ in their budget only: it is opened, scored and measured once.
+
+    Args:
+        each: What is asked for, one for each result.
+        folders_of: Says where they go, once the network is known.
+        place: Which process this is.
+        progress: Opens progress bars.
+
+    Yields:
+        What was saved, as soon as it is; an interruption leaves nothing but whole folders.
+
+    Raises:
+        ArchscanError: Something asked for cannot be had; where it is known before the work, nothing is written.
+    """
+    for options in each:
+        _check_options(options)
+    ready, folders = _ready(each[0], folders_of, place, progress)
+    subject, before = ready.subject, None
+    for asked, folder, result in zip(each, folders, _slim(ready, each, place, progress), strict=True):
+        plan, watch = with_source(result, subject, ready.images, asked), Stopwatch(ready.seconds)
+        result = replace(result, plan=plan, history=ready.history)
+        accuracy = accuracies(subject.model, result.model, ready.images.evaluation, watch, progress, before)
+        before = None if accuracy is None else accuracy.before
+        context = Context(
+            model=subject.name,
+            input_shape=tuple(subject.example_input.shape[1:]),
+            weights=weights_of(subject.weights),
+            data=data_of(ready.images),
+            accuracy=accuracy,
+            warnings=tuple(warnings_of(subject.weights, ready.images)),
+            notes=ready.notes,
+            device=place.device.type,
+            command_line=asked.command_line,
+        )
+        result = replace(result, model=result.model.cpu(), seconds={**watch.seconds, **result.seconds})
+        report = report_of(result, context)
+        place.share(None)  # nobody writes before all have come this far
+        if place.is_first:
+            report = write_result(asked, subject, result, report, folder, progress)
+            subject.model.to(place.device)
+        place.share(None)
+        yield Saved(report, folder.expanduser())
+
+
+@dataclass(frozen=True, eq=False)
+class _Ready:
+    """What a slimming starts from: a network on its device, images, and all that was left open decided."""
+
+    subject: Subject
+    history: tuple[saving.Step, ...]
+    images: Images
+    criterion: str | None
+    recover: Recovery
+    notes: tuple[str, ...]
+    seconds: Mapping[str, float]
+    finetuning: Finetuning | None
+
+
+def _ready(
+    options: SlimOptions, folders_of: Callable[[Subject], Sequence[Path]], place: Place, progress: ProgressFactory
+) -> tuple[_Ready, Sequence[Path]]:
+    watch = Stopwatch()
     with watch.stage("open"), progress(f"Opening {options.model.name}") as step:
         step(0, 0)
-        subject = _open(options.model, options)
+        subject = open_model(options.model, options.data, options.run.seed)
         history = saving.read_history(options.model.name) if is_saved(options.model.name) else ()
-    folder = options.output.folder or _default_folder(subject, options)
-    saving.check_target(folder, overwrite=options.output.overwrite)
+    folders = folders_of(subject)
+    for folder in folders:
+        saving.check_target(folder, overwrite=options.output.overwrite)
     recover = _recovery(options, subject)
     with watch.stage("data"):
-        images = _read_images(options, subject, recover, progress)
+        images = read_images(options, subject, recover, progress)
     if options.recover is None and recover == "ls" and len(images.calibration or ()) < LEAST_SAMPLES:
         recover = "bn"
-    model = subject.model.to(device)
-    notes = list(notes_of(options, images, _named(options, recover)))
+    subject = replace(subject, model=subject.model.to(place.device))
+    notes, named = list(notes_of(options, images, _named(options, recover))), options.criterion
     if options.criterion == AUTO:
         with watch.stage("audit"):
-            choice = place.share(_choice(options, replace(subject, model=model), images, progress))[0]
-        options = replace(options, criterion=choice.name)
+            choice = place.share(_choice(options, subject, images, progress))[0]
+        named = choice.name
         notes.append(choice.sentence())
-    result = _slim(options, replace(subject, model=model), images, recover, place, progress)
-    result = replace(result, plan=_with_source(result, subject, images, options), history=history)
-    accuracy = _accuracy(model, result.model, images.evaluation, watch, progress)
-    context = Context(
-        model=subject.name,
-        input_shape=tuple(subject.example_input.shape[1:]),
-        weights=weights_of(subject.weights),
-        data=data_of(images),
-        accuracy=accuracy,
-        warnings=tuple(warnings_of(subject.weights, images)),
-        notes=tuple(notes),
-        device=device.type,
-        command_line=options.command_line,
-    )
-    result = replace(result, model=result.model.cpu(), seconds={**watch.seconds, **result.seconds})
-    report = report_of(result, context)
-    place.share(None)  # nobody writes before all have come this far
-    if place.is_first:
-        report = _write(options, subject, result, report, folder, progress)
-    place.share(None)
-    return Saved(report, folder.expanduser())
+    with watch.stage("data"):
+        finetuning = asked_for(options, subject, images.evaluation, place, progress)
+    return _Ready(subject, history, images, named, recover, tuple(notes), watch.seconds, finetuning), folders
 
 
-def _write(
-    options: SlimOptions, subject: Subject, result: SlimResult, report: Report, folder: Path, progress: ProgressFactory
+def write_result(
+    options: SlimOptions | WidenOptions,
+    subject: Subject,
+    result: SlimResult,
+    report: Report,
+    folder: Path,
+    progress: ProgressFactory,
 ) -> Report:
+    """Save a result, and export it in the formats that were asked for; return the report with these in it.
+
+    Raises:
+        ArchscanError: The disk refuses, or the network cannot be exported; the result is saved in the second case.
+    """
     save_result(result, report, folder, overwrite=options.output.overwrite)
     if options.exports:
         pair = Pair(subject.model.cpu(), result.model, report)
@@ -162,7 +186,8 @@ def _check_options(options: SlimOptions) -> None:
     """Refuse, before anything is opened, what is unknown and what would have no effect."""
     named = DEFAULT_CRITERION if options.criterion in (None, AUTO) else options.criterion
     criterion(named)
-    Budget(options.budget.kind, options.budget.ratio)
+    _budget(options)
+    check_asked(options)
     if options.exports:
         check_formats(options.exports)
     synthetic = options.data.source == SYNTHETIC
@@ -170,7 +195,8 @@ def _check_options(options: SlimOptions) -> None:
         raise BadInput(f"--criterion {AUTO} measures what removals do to the loss on real images; pass --data")
     if synthetic and options.recover not in (None, "none"):
         raise BadInput(f"--recover {options.recover} needs real images, noise would mislead it; pass --data")
-    if not synthetic and options.recover == "none" and not reads_images(named):
+    trains = options.finetune_epochs is not None
+    if not synthetic and not trains and options.recover == "none" and not reads_images(named):
         raise BadInput(
             f"--criterion {named} looks at weights only, so that --data would have no effect; "
             "leave it out, or let --recover ls use it"
@@ -178,8 +204,16 @@ def _check_options(options: SlimOptions) -> None:
 
 
 def _default_folder(subject: Subject, options: SlimOptions) -> Path:
-    kind = "flops" if options.budget.kind == "macs" else "params"
-    return Path("reports") / f"{subject.name}-{kind}{options.budget.ratio:g}"
+    return options.output.folder or Path("reports") / f"{subject.name}-{budget_name(options)}"
+
+
+def budget_name(options: SlimOptions) -> str:
+    """Name a budget as a part of a path: ``flops0.6``."""
+    return "-".join(f"{'flops' if kind == 'macs' else kind}{ratio:g}" for kind, ratio in _targets(options))
+
+
+def _targets(options: SlimOptions) -> tuple[tuple[TargetKind, float], ...]:
+    return ((options.budget.kind, options.budget.ratio), *options.budget.also)
 
 
 def _recovery(options: SlimOptions, subject: Subject) -> Recovery:
@@ -209,7 +243,8 @@ def _choice(options: SlimOptions, subject: Subject, images: Images, progress: Pr
         )
 
 
-def _read_images(options: SlimOptions, subject: Subject, recover: Recovery, progress: ProgressFactory) -> Images:
+def read_images(options: SlimOptions, subject: Subject, recover: Recovery, progress: ProgressFactory) -> Images:
+    """Read what to score, to repair and to measure on; refuse images that nothing would look at."""
     data = options.data
     synthetic = data.source == SYNTHETIC
     calibration = evaluation = None
@@ -223,7 +258,7 @@ def _read_images(options: SlimOptions, subject: Subject, recover: Recovery, prog
                 seed=options.run.seed,
                 progress=step,
             )
-    elif not synthetic:
+    elif not synthetic and options.finetune_epochs is None:
         raise BadInput(
             f"nothing looks at --data: --criterion {_named(options, recover)} reads weights only, and {subject.name} "
             "has no BatchNorm to recalibrate; leave it out"
@@ -233,46 +268,37 @@ def _read_images(options: SlimOptions, subject: Subject, recover: Recovery, prog
             evaluation = evaluation_images(
                 data.eval_source, subject.preprocessing, batch_size=data.batch_size, progress=step
             )
-        _require_labels(evaluation, subject.num_classes, f"--eval-data {data.eval_source}")
+        require_classes(evaluation.classes, subject.num_classes, f"--eval-data {data.eval_source}", _NO_ACCURACY)
     return Images(calibration, evaluation, calibration is not None and calibration.labels_fit(subject.num_classes))
 
 
-def _require_labels(images: ImageSet, num_classes: int, source: str) -> None:
-    if not images.labels_fit(num_classes):
-        raise BadInput(
-            f"{source} has {len(images.classes)} classes and the model {num_classes}, so that no accuracy can be "
-            "measured; evaluate on the classes that the model was trained for"
-        )
-
-
-def _slim(
-    options: SlimOptions,
-    subject: Subject,
-    images: Images,
-    recover: Recovery,
-    place: Place,
-    progress: ProgressFactory,
-) -> SlimResult:
+def _slim(ready: _Ready, each: Sequence[SlimOptions], place: Place, progress: ProgressFactory) -> Iterator[SlimResult]:
+    options, subject, calibration = each[0], ready.subject, ready.images.calibration
     budget, seed = options.budget, options.run.seed
-    calibration = images.calibration
-    drawn = calibration is not None and not images.labels_fit
+    drawn = calibration is not None and not ready.images.labels_fit
+    latency = None if options.latency_batch is None else LatencySetup(options.latency_batch)
     rule = WidthRule(budget.round_to, budget.min_width)
-    return slim(
+    return slim_each(
         subject.model,
         subject.example_input,
-        target_flops=budget.ratio if budget.kind == "macs" else None,
-        target_params=budget.ratio if budget.kind == "params" else None,
+        [_budget(asked) for asked in each],
         data=None if calibration is None else Batches(calibration),
-        criterion=options.criterion,
+        criterion=ready.criterion,
         loss_fn=sampled_label_loss(seed) if drawn else None,
-        settings=SlimSettings(rule, budget.protect, recover, seed, options.rounds, options.set_effects),
+        settings=SlimSettings(rule, budget.protect, ready.recover, seed, options.rounds, options.set_effects, latency),
         recipe=subject.recipe,
+        finetune=ready.finetuning,
         progress=progress,
         place=place,
     )
 
 
-def _with_source(result: SlimResult, subject: Subject, images: Images, options: SlimOptions) -> Plan:
+def _budget(options: SlimOptions) -> Budget:
+    first, *further = (Budget(kind, ratio) for kind, ratio in _targets(options))
+    return replace(first, also=tuple(further))
+
+
+def with_source(result: SlimResult, subject: Subject, images: Images, options: SlimOptions) -> Plan:
     """Add to a plan what makes its folder open again by itself."""
     provenance = {
         **result.plan.provenance,
@@ -284,17 +310,24 @@ def _with_source(result: SlimResult, subject: Subject, images: Images, options: 
     return replace(result.plan, provenance=provenance)
 
 
-def _accuracy(
-    dense: nn.Module, slim_model: nn.Module, images: ImageSet | None, watch: Stopwatch, progress: ProgressFactory
+def accuracies(
+    dense: nn.Module,
+    slim_model: nn.Module,
+    images: ImageSet | None,
+    watch: Stopwatch,
+    progress: ProgressFactory,
+    before: float | None = None,
 ) -> numbers.Accuracy | None:
+    """Measure the original, unless it was before, and the new network on the same images; None where there are none."""
     if images is None:
         return None
     with watch.stage("evaluate"):
-        with progress("Evaluating the original") as step:
-            before = top_one(dense, Batches(images), step)
+        if before is None:
+            with progress("Evaluating the original") as step:
+                before = top_one(dense, Batches(images), step).accuracy
         with progress("Evaluating the slim network") as step:
             after = top_one(slim_model, Batches(images), step)
-    return numbers.Accuracy(before.accuracy, after.accuracy, after.samples)
+    return numbers.Accuracy(before, after.accuracy, after.samples)
 
 
 # --- the other commands ---------------------------------------------------------------------------------------------
@@ -308,7 +341,7 @@ def scan_command(options: ScanOptions, progress: ProgressFactory) -> Report:
     with watch.stage("open"), progress(f"Opening {name}") as step:
         step(0, 0)
         own = is_saved(name) or split_file_name(name) is not None
-        subject = _open(replace(options.model, weights="auto" if own else "random"))
+        subject = open_model(replace(options.model, weights="auto" if own else "random"))
     with watch.stage("capture"):
         analysis = analyse(subject.model, subject.example_input, options.protect)
     shape = tuple(subject.example_input.shape[1:])
@@ -349,7 +382,7 @@ def evaluate_command(options: EvaluateOptions, progress: ProgressFactory) -> Eva
             batch_size=options.batch_size,
             progress=step,
         )
-    _require_labels(images, subject.num_classes, f"--data {options.source}")
+    require_classes(images.classes, subject.num_classes, f"--data {options.source}", _NO_ACCURACY)
     with progress("Evaluating the slim network") as step:
         after = top_one(subject.model.to(device), Batches(images), step)
     notes, before = [], None
@@ -362,30 +395,3 @@ def evaluate_command(options: EvaluateOptions, progress: ProgressFactory) -> Eva
             before = top_one(dense, Batches(images), step).accuracy
     accuracy = numbers.Accuracy(before, after.accuracy, after.samples)
     return Evaluation(report.model, str(options.folder), accuracy, images.skipped, tuple(notes))
-
-
-def use_machine(options: RunOptions) -> torch.device:
-    """Set the number of threads and choose the device.
-
-    Raises:
-        BadInput: CUDA is asked for and there is none.
-    """
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise BadInput("there is no CUDA device that this PyTorch can use; pass --device cpu")
-    use_cuda = options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available())
-    return torch.device("cuda" if use_cuda else "cpu")
-
-
-def _open(model: ModelOptions, options: SlimOptions | None = None) -> Subject:
-    return open_subject(
-        model.name,
-        weights=model.weights,
-        input_size=model.input_size,
-        num_classes=model.num_classes,
-        mean=options.data.mean if options else None,
-        std=options.data.std if options else None,
-        seed=options.run.seed if options else 0,
-        open_saved=open_saved,
-    )

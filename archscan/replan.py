@@ -14,6 +14,7 @@ from torch import nn
 from archscan.costs import CostModel, cost_model
 from archscan.errors import InfeasibleBudget, RebuildMismatch
 from archscan.groups import Coupling
+from archscan.latency import LatencyModel, LatencySetup
 from archscan.planner import Budget, Plan, plan
 from archscan.rebuild import CannotFollow, Rebuilt, rebuild
 from archscan.results import Analysis
@@ -34,6 +35,7 @@ class Wish:
         seed: Of the planner's search.
         gone_U: Which units an earlier round removed, see `planner.plan`.
         effects: What sets of units lose together, likewise.
+        setup: How to measure time; None where no budget is on it.
     """
 
     budget: Budget
@@ -41,6 +43,7 @@ class Wish:
     seed: int
     gone_U: np.ndarray | None = None
     effects: SetEffects | None = None
+    setup: LatencySetup | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,14 +101,16 @@ def plan_and_rebuild(
             settled = settle(model, example_input, coupling, made.kept)
             if not settled.notes:
                 raise
-            analysis = Analysis(settled.coupling, priced(settled.coupling))
+            costs = priced(settled.coupling, analysis.latency)
+            analysis = Analysis(settled.coupling, costs, analysis.latency)
             notes.extend(settled.notes)
     raise RebuildMismatch("too many forwards hard-code their widths; protect those modules by name")
 
 
-def priced(coupling: Coupling) -> CostModel:
-    """Price a coupling that holds the recorded run: costs as functions of its groups' widths."""
+def priced(coupling: Coupling, latency: LatencyModel | None = None) -> CostModel:
+    """Price a coupling that holds the recorded run: costs as functions of its groups' widths, time where modelled."""
     assert coupling.graph is not None
     assert coupling.sizes is not None
     full_G = np.array([group.steps for group in coupling.groups], dtype=np.int64)
-    return cost_model(coupling.graph, coupling.sizes, coupling.parameters, full_G)
+    costs = cost_model(coupling.graph, coupling.sizes, coupling.parameters, full_G)
+    return costs if latency is None else costs.with_timing(latency.quadratic(coupling.sizes, full_G))

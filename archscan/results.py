@@ -16,18 +16,33 @@ import torch
 from torch import nn
 
 from archscan import __version__, saving
-from archscan.bottlenecks import Bottleneck, GroupUse, capacity_bottlenecks, network_keep_ratio
 from archscan.costs import CostModel
+from archscan.detailing import layer_links, saliency_detail
 from archscan.errors import BadInput
+from archscan.findings import (
+    Bottleneck,
+    Finding,
+    GroupUse,
+    GroupWidth,
+    ModuleCost,
+    capacity_bottlenecks,
+    cost_findings,
+    network_keep_ratio,
+    ranked,
+)
 from archscan.groups import ChannelGroup, Coupling
+from archscan.latency import LatencyModel, LatencySetup, Timing
+from archscan.module_costs import cost_totals, latency_of, module_rows
 from archscan.options import DEFAULT_ROUNDS
 from archscan.planner import Plan
 from archscan.recipes import Recipe
 from archscan.reconstruct import Repaired
 from archscan.report import model as numbers
+from archscan.report.details import Agreement
 from archscan.report.html import render_html
 from archscan.report.model import Report
-from archscan.rounds import MAX_ROUNDS, Round
+from archscan.report.training import TrainingRun
+from archscan.rounds import Round, check_rounds
 from archscan.surgery import Surgery
 from archscan.verify import Verification
 from archscan.widths import WidthRule, allowed_steps
@@ -48,6 +63,7 @@ class SlimSettings:
         rounds: Slim in so many steps, each repaired, and scored anew before the next (see `rounds`).
         set_effects: Whether a set of units costs the sum of their saliencies (``additive``), or what the criterion's
             quadratic form says of the set (``quadratic``, for the criteria that have one; see `set_effects`).
+        latency: How to measure the time before and after; None for no measurement, unless a target is on it.
     """
 
     rule: WidthRule = field(default_factory=WidthRule)
@@ -56,6 +72,7 @@ class SlimSettings:
     seed: int = 0
     rounds: int = DEFAULT_ROUNDS
     set_effects: Literal["additive", "quadratic"] = "additive"
+    latency: LatencySetup | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.protect, str):
@@ -64,8 +81,7 @@ class SlimSettings:
             raise BadInput(f"recover is {self.recover!r}; it must be {' or '.join(map(repr, RECOVERIES))}")
         if type(self.seed) is not int or not 0 <= self.seed < 2**63:
             raise BadInput(f"the seed is {self.seed!r}; it must be a whole number from 0 on")
-        if type(self.rounds) is not int or not 1 <= self.rounds <= MAX_ROUNDS:
-            raise BadInput(f"rounds is {self.rounds!r}; it must be a whole number from 1 to {MAX_ROUNDS}")
+        check_rounds(self.rounds)
         if self.set_effects not in ("additive", "quadratic"):
             raise BadInput(f"set_effects is {self.set_effects!r}; it must be 'additive' or 'quadratic'")
 
@@ -76,11 +92,13 @@ class Analysis:
 
     Attributes:
         coupling: Channel groups, places of gates, sizes.
-        costs: MACs, parameters and activations as functions of the groups' widths.
+        costs: MACs, parameters, activations and memory as functions of the groups' widths.
+        latency: Fitted times of its ops; None where no budget is on time.
     """
 
     coupling: Coupling
     costs: CostModel
+    latency: LatencyModel | None = None
 
 
 @dataclass(frozen=True)
@@ -118,6 +136,12 @@ class SlimResult:
         history: Earlier slimmings of the same network.
         rounds: The rounds of this one, in order.
         repaired: What least squares or bias correction did to each layer; None where neither was asked for.
+        agreement: How other criteria rank the units; None where none could be computed from what was collected.
+        timing: The dense and the slim network, measured; None where that was not asked for.
+        trainings: What was measured in the training after each round; empty where there was none.
+        findings: What the slimming says about the dense network; what its costs say is in the report alone.
+        confidence: Group name → share of the plans made in other ways in which it stands out as a bottleneck.
+        lossless: What went without any loss; None where a budget decided.
     """
 
     model: nn.Module
@@ -136,6 +160,12 @@ class SlimResult:
     history: tuple[saving.Step, ...] = ()
     rounds: tuple[Round, ...] = ()
     repaired: Repaired | None = None
+    agreement: Agreement | None = None
+    timing: Timing | None = None
+    trainings: tuple[TrainingRun, ...] = ()
+    findings: tuple[Finding, ...] = ()
+    confidence: Mapping[str, float] = field(default_factory=dict)
+    lossless: numbers.Lossless | None = None
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -183,11 +213,11 @@ def report_of(result: SlimResult, context: Context | None = None) -> Report:
     context = context or _context_of(result)
     plan, analysis = result.plan, result.analysis
     widths = np.array([len(plan.kept[group.name][0]) for group in analysis.coupling.groups])
-    rows = group_rows(analysis, plan)
-    target = numbers.Target(plan.budget.kind, plan.budget.ratio)
+    rows, modules = group_rows(analysis, plan), module_rows(analysis.costs, widths, result.timing)
+    target, *further = (numbers.Target(each.kind, each.ratio) for each in plan.budget.parts)
     return Report(
         archscan=__version__,
-        command="slim",
+        command="widen" if plan.widened else "slim",
         model=context.model,
         input_shape=context.input_shape or _input_shape(analysis),
         weights=context.weights,
@@ -195,8 +225,8 @@ def report_of(result: SlimResult, context: Context | None = None) -> Report:
         criterion=str(plan.provenance.get("criterion", "")),
         seed=int(plan.provenance.get("seed", 0)),
         target=target,
-        before=numbers.CostTotals(plan.before.macs, plan.before.params, plan.before.activations),
-        after=numbers.CostTotals(plan.after.macs, plan.after.params, plan.after.activations),
+        before=cost_totals(analysis.costs, analysis.costs.full_widths_G),
+        after=cost_totals(analysis.costs, widths),
         keep_ratio=numbers.KeepRatio(plan.after.macs / plan.before.macs, plan.after.params / plan.before.params),
         verification=numbers.Verification(
             result.verification.applicable,
@@ -208,14 +238,25 @@ def report_of(result: SlimResult, context: Context | None = None) -> Report:
         accuracy=context.accuracy,
         recovery=result.recovery,
         groups=rows,
-        bottlenecks=_bottlenecks(analysis.coupling.groups, rows, result.rule),
-        modules=_module_rows(analysis, widths),
-        saliency_lost=numbers.SaliencyLost(plan.saliency_lost, plan.saliency_lost_uniform),
+        bottlenecks=() if plan.widened or result.lossless else _bottlenecks(result, rows),
+        modules=modules,
+        saliency_lost=None if result.lossless else numbers.SaliencyLost(plan.saliency_lost, plan.saliency_lost_uniform),
         warnings=(*result.warnings, *context.warnings),
         notes=(*result.notes, *_uncounted(analysis), *context.notes),
         seconds=result.seconds,
         environment=_environment(context.device),
         command_line=context.command_line,
+        links=layer_links(analysis.coupling.groups),
+        saliency=None
+        if result.lossless
+        else saliency_detail(
+            analysis.coupling.groups, analysis.costs, result.saliency_U, plan, result.rule, result.agreement
+        ),
+        findings=_findings(result.findings, modules, rows, result.timing),
+        latency=latency_of(result.timing),
+        further_targets=tuple(further),
+        history=result.trainings,
+        lossless=result.lossless,
     )
 
 
@@ -231,8 +272,7 @@ def _context_of(result: SlimResult) -> Context:
 
 def report_of_scan(analysis: Analysis, context: Context, seconds: Mapping[str, float]) -> Report:
     """Put together the report of a scan: costs and groups, nothing planned."""
-    full = analysis.costs.full_widths_G
-    macs, params, activations = (analysis.costs.evaluate(kind, full) for kind in ("macs", "params", "activations"))
+    rows, modules = group_rows(analysis, None), module_rows(analysis.costs, None)
     return Report(
         archscan=__version__,
         command="scan",
@@ -243,21 +283,23 @@ def report_of_scan(analysis: Analysis, context: Context, seconds: Mapping[str, f
         criterion=None,
         seed=0,
         target=None,
-        before=numbers.CostTotals(macs, params, activations),
+        before=cost_totals(analysis.costs, analysis.costs.full_widths_G),
         after=None,
         keep_ratio=None,
         verification=None,
         accuracy=None,
         recovery=None,
-        groups=group_rows(analysis, None),
+        groups=rows,
         bottlenecks=(),
-        modules=_module_rows(analysis, None),
+        modules=modules,
         saliency_lost=None,
         warnings=context.warnings,
         notes=(*_uncounted(analysis), *context.notes),
         seconds=seconds,
         environment=_environment(context.device),
         command_line=context.command_line,
+        links=layer_links(analysis.coupling.groups),
+        findings=_findings((), modules, rows),
     )
 
 
@@ -294,20 +336,11 @@ def group_rows(analysis: Analysis, plan: Plan | None) -> tuple[numbers.GroupRow,
     return tuple(rows)
 
 
-def _module_rows(analysis: Analysis, widths: np.ndarray | None) -> tuple[numbers.ModuleRow, ...]:
-    costs = analysis.costs
-    macs, params = (costs.by_module(kind, costs.full_widths_G) for kind in ("macs", "params"))
-    after = costs.by_module("macs", widths) if widths is not None else None
-    return tuple(
-        numbers.ModuleRow(path, macs.get(path, 0), params.get(path, 0), None if after is None else after.get(path, 0))
-        for path in dict.fromkeys([*macs, *params])
-    )
-
-
-def _bottlenecks(
+def group_uses(
     groups: Sequence[ChannelGroup], rows: Sequence[numbers.GroupRow], rule: WidthRule
-) -> tuple[Bottleneck, ...]:
-    uses = [
+) -> tuple[GroupUse, ...]:
+    """Say what a plan did with each group."""
+    return tuple(
         GroupUse(
             row.name,
             row.units,
@@ -317,8 +350,29 @@ def _bottlenecks(
             row.macs_share,
         )
         for group, row in zip(groups, rows, strict=True)
+    )
+
+
+def _bottlenecks(result: SlimResult, rows: Sequence[numbers.GroupRow]) -> tuple[Bottleneck, ...]:
+    uses = group_uses(result.analysis.coupling.groups, rows, result.rule)
+    return capacity_bottlenecks(uses, network_keep_ratio(uses), result.confidence)
+
+
+def _findings(
+    found: Sequence[Finding],
+    modules: Sequence[numbers.ModuleRow],
+    rows: Sequence[numbers.GroupRow],
+    timing: Timing | None = None,
+) -> tuple[Finding, ...]:
+    """Add what costs say to what slimming found, and rank all of it."""
+    run = None if timing is None else timing.comparison.before
+    timed_on = "" if run is None else f"{run.device}, {run.threads} threads, batch {run.batch}"
+    costs = [
+        ModuleCost(row.path, row.macs, row.params, row.activation_bytes, row.time_ms, row.macs_per_byte, row.bound)
+        for row in modules
     ]
-    return capacity_bottlenecks(uses, network_keep_ratio(uses))
+    widths = [GroupWidth(row.name, row.kept, row.macs_share) for row in rows if not row.frozen]
+    return ranked((*found, *cost_findings(costs, widths, timed_on)))
 
 
 def _uncounted(analysis: Analysis) -> tuple[str, ...]:

@@ -3,21 +3,26 @@
 Every round plans part of the way, cuts, repairs, and scores what is left on the repaired network, so that the next one
 knows what the first ones changed. Each round cuts the *original*, to what its plan and those before it keep, and is
 repaired anew: so the last network is compared with the masked original and priced like any other, and is saved and
-loaded as one slimming.
+loaded as one slimming. Where a network was trained after a round, the next one cuts the original with the trained
+weights put back in their places, and repairs towards the trained network.
 
 The decision that is not obvious: the slim network is not analysed again. Its units are the original's that stayed,
 under their old numbers, so that saliencies of all rounds are about the same units, and widths keep the original's rule.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
+from torch import Tensor, nn
 
-from archscan.errors import BadInput
+from archscan.errors import BadInput, RebuildMismatch
 from archscan.groups import AxisUnits, ChannelGroup, Consumer, Coupling
 from archscan.planner import Budget
-from archscan.surgery import Cut, Kept, kept_units, surgery_for
+from archscan.rebuild import sliced
+from archscan.surgery import Cut, Kept, Surgery, kept_units, named_tensors, surgery_for
 
 MAX_ROUNDS = 64
 
@@ -46,16 +51,28 @@ class Round:
     recovery: str | None
 
 
+def check_rounds(rounds: int) -> None:
+    """See that a number of rounds makes sense.
+
+    Raises:
+        BadInput: It is not a whole number from 1 to `MAX_ROUNDS`.
+    """
+    if type(rounds) is not int or not 1 <= rounds <= MAX_ROUNDS:
+        raise BadInput(f"rounds is {rounds!r}; it must be a whole number from 1 to {MAX_ROUNDS}")
+
+
 def budgets(budget: Budget, rounds: int) -> tuple[Budget, ...]:
     """Divide the way to a budget into geometric steps of the dense cost; the last is the budget itself.
 
     Raises:
-        BadInput: The number of rounds is not a whole number from 1 to `MAX_ROUNDS`.
+        BadInput: See `check_rounds`.
     """
-    if type(rounds) is not int or not 1 <= rounds <= MAX_ROUNDS:
-        raise BadInput(f"the number of rounds is {rounds!r}; it must be a whole number from 1 to {MAX_ROUNDS}")
-    parts = [replace(budget, ratio=budget.ratio ** (number / rounds)) for number in range(1, rounds)]
-    return (*parts, budget)
+    check_rounds(rounds)
+
+    def part(of: Budget, number: int) -> Budget:
+        return replace(of, ratio=of.ratio ** (number / rounds), also=tuple(part(each, number) for each in of.also))
+
+    return (*(part(budget, number) for number in range(1, rounds)), budget)
 
 
 def gone_units(coupling: Coupling, kept: Kept) -> np.ndarray:
@@ -86,6 +103,56 @@ def remaining(coupling: Coupling, kept: Kept) -> Coupling:
         sizes=None,
         counts=(),
     )
+
+
+def put_back(original: nn.Module, slim: nn.Module, surgery: Surgery) -> nn.Module:
+    """Copy a network, with the values of the slim one in the places that they came from; the rest stays.
+
+    Args:
+        original: The network that was cut.
+        slim: What came of it, with other weights by now.
+        surgery: What was cut, nothing repeated.
+
+    Raises:
+        RebuildMismatch: The slim network is not what the surgery gives.
+    """
+    result = copy.deepcopy(original)
+    tensors, values = dict(named_tensors(result)), dict(named_tensors(slim))
+    cuts = {id(tensors[name]): listed for name, listed in surgery.cuts.items()}
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            places = torch.arange(tensor.numel(), device=tensor.device).view(tensor.shape)
+            places = sliced(places, cuts.get(id(tensor), ()), name)
+            if name not in values or values[name].shape != places.shape:
+                raise RebuildMismatch(f"{name} cannot be put back; the slim network was changed since it was cut")
+            whole: Tensor = tensor.detach().clone(memory_format=torch.contiguous_format)
+            whole.view(-1)[places] = values[name].detach().to(whole)
+            tensor.copy_(whole)
+    return result
+
+
+def rows_between(before: Surgery, after: Surgery) -> Surgery:
+    """Say which rows of the tensors that one surgery left another one keeps, both being of the same original.
+
+    Args:
+        before: The one that kept more.
+        after: The one that kept less.
+
+    Returns:
+        A surgery of the network that the first one left, with the cuts of axis 0 only.
+    """
+    cuts = {}
+    for name, listed in after.cuts.items():
+        rows = _rows(listed)
+        first = _rows(before.cuts.get(name, ()))
+        if rows is not None:
+            place = rows if first is None else np.searchsorted(first, rows)
+            cuts[name] = (Cut(0, tuple(place.tolist())),)
+    return Surgery(cuts)
+
+
+def _rows(cuts: Sequence[Cut]) -> np.ndarray | None:
+    return next((np.array(cut.kept) for cut in cuts if cut.axis == 0), None)
 
 
 def _cut_group(group: ChannelGroup, kept: Kept) -> ChannelGroup:

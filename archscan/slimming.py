@@ -5,8 +5,8 @@ before anything is scored, by pricing the narrowest widths, since scores take ne
 """
 
 import platform
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -17,33 +17,43 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map
 
 from archscan import __version__
+from archscan.budgets import NOUNS
 from archscan.capture import require_plain
-from archscan.costs import cost_model
 from archscan.criteria import criterion as find_criterion
+from archscan.diagnosis import diagnose
 from archscan.errors import BadInput
 from archscan.groups import couple
+from archscan.latency import LatencySetup, Timing, measure_pair
 from archscan.losses import LossFn, classification_loss, sampled_label_loss
-from archscan.options import DEFAULT_CRITERION, SYNTHETIC_SAMPLES, ProgressFactory, default_criterion
-from archscan.planner import Budget, Plan, protect, uniform_plan
+from archscan.options import DEFAULT_CRITERION, SYNTHETIC_SAMPLES, ProgressFactory, default_criterion, silent
+from archscan.pace import time_budget, time_warnings, timed
+from archscan.planner import Budget, BudgetKind, Plan, protect, uniform_plan
 from archscan.processes import Place
 from archscan.recipes import Recipe
 from archscan.recognise import recognise
+from archscan.replan import priced
 from archscan.results import Analysis, SlimResult, SlimSettings
-from archscan.rounds import Round, budgets
+from archscan.retraining import Finetuning, notes_of_training, opened
+from archscan.rounds import Round
 from archscan.sharding import ALONE
-from archscan.stages import QUADRATIC, Calibration, Done, Job, Stopwatch, run_round
+from archscan.stages import (
+    QUADRATIC,
+    Calibration,
+    Done,
+    Job,
+    Saliency,
+    Stopwatch,
+    run_rounds,
+    scored_by_one_of,
+    where_of,
+)
 from archscan.surgery import named_tensors
 from archscan.weights import check_finite
 
-__all__ = ["SlimResult", "SlimSettings", "Stopwatch", "analyse", "has_batchnorm", "reads_images", "silent", "slim"]
+__all__ = ["SlimResult", "SlimSettings", "Stopwatch", "analyse", "has_batchnorm", "reads_images", "slim", "slim_each"]
 
 _WEIGHT_STATISTICS = frozenset({"weight_norm", "bn_scale", "read_norm", "group"})
 _NOISE_BATCH_SIZE = 8
-
-
-def silent(_description: str) -> AbstractContextManager[Callable[[int, int], None]]:
-    """Show no progress."""
-    return nullcontext(lambda _done, _total: None)
 
 
 def reads_images(criterion: str) -> bool:
@@ -62,11 +72,14 @@ def slim(
     *,
     target_flops: float | None = None,
     target_params: float | None = None,
+    target_latency: float | None = None,
+    target_memory: float | None = None,
     data: Iterable[Any] | None = None,
     criterion: str | None = None,
     loss_fn: LossFn | None = None,
     settings: SlimSettings | None = None,
     recipe: Recipe | None = None,
+    finetune: Finetuning | None = None,
     progress: ProgressFactory = silent,
     place: Place = ALONE,
 ) -> SlimResult:
@@ -78,13 +91,15 @@ def slim(
         model: Any network; what it is given is moved to its device.
         example_input: A tensor, a tuple of positional arguments, or a dict of keyword arguments.
         target_flops: Kept fraction of the MACs (one MAC is one FLOP), above 0 and at most 1.
-        target_params: Kept fraction of the parameters, likewise; give one of the two.
+        target_params: Kept fraction of the parameters, likewise.
+        target_latency: Kept fraction of the measured time, likewise; ``settings.latency`` says how to measure it.
+        target_memory: Kept fraction of the peak activation memory, counted, likewise. Of several targets all are met.
         data: Calibration batches, such as a data loader of (images, labels); None for noise.
         criterion: A name from `archscan.criteria.CRITERIA`; None for the one that suits the repair (see `options`).
         loss_fn: Mean loss of a batch, ``loss_fn(model, batch) -> scalar``; None for classification.
         settings: Width rules, protected layers, repair, seed.
-        recipe: How the model's architecture was built; None to find out, which is done for the networks of timm,
-            torchvision and archscan.
+        recipe: How its architecture was built; None to find out, for the networks of timm, torchvision and archscan.
+        finetune: Train the network after every round of ``settings.rounds``; None for no training.
         progress: Opens progress bars.
         place: Which process this is, of those that slim the same network together and share its scoring.
 
@@ -97,41 +112,136 @@ def slim(
         InfeasibleBudget: The target is below what the minimum widths allow.
         RebuildMismatch: The slim network is not what the plan says; this is a defect to report.
     """
-    settings = settings or SlimSettings()
-    budget = _budget(target_flops, target_params)
+    budget = _budget(macs=target_flops, params=target_params, latency=target_latency, memory=target_memory)
+    each = slim_each(
+        model,
+        example_input,
+        (budget,),
+        data=data,
+        criterion=criterion,
+        loss_fn=loss_fn,
+        settings=settings,
+        recipe=recipe,
+        finetune=finetune,
+        progress=progress,
+        place=place,
+    )
+    return next(each)
+
+
+def slim_each(
+    model: nn.Module,
+    example_input: Any,
+    budgets: Sequence[Budget],
+    *,
+    data: Iterable[Any] | None = None,
+    criterion: str | None = None,
+    loss_fn: LossFn | None = None,
+    settings: SlimSettings | None = None,
+    recipe: Recipe | None = None,
+    finetune: Finetuning | None = None,
+    progress: ProgressFactory = silent,
+    place: Place = ALONE,
+) -> Iterator[SlimResult]:
+    """Slim a network to each of several budgets, as `slim` does to one; the dense network is scored once for all.
+
+    Args:
+        model: As for `slim`.
+        example_input: As for `slim`.
+        budgets: At least one; one that is out of reach is refused before anything is scored.
+        data: As for `slim`.
+        criterion: As for `slim`.
+        loss_fn: As for `slim`.
+        settings: As for `slim`.
+        recipe: As for `slim`.
+        finetune: As for `slim`; each of the results is trained.
+        progress: As for `slim`.
+        place: As for `slim`.
+
+    Yields:
+        What `slim` returns, in the order of the budgets, each as soon as it is done. Of the time of its stages, that of
+        what is shared is told by each.
+
+    Raises:
+        ArchscanError: See `slim`.
+    """
+    jobs = _jobs(model, example_input, budgets, criterion, settings or SlimSettings(), progress, place)
+    first, calibration = jobs[0], _calibration(jobs[0], data, loss_fn)
+    retraining = None if finetune is None else opened(finetune, model, place)
+    with _seeded(first):
+        with first.watch.stage("capture"):
+            analysis = analyse(model, first.example_input, first.settings.protect)
+        ready = [_timed(job, analysis) for job in jobs]
+        for job, analysed in ready:
+            _require_feasible(job, analysed)
+        found = scored_by_one_of(first, analysis, calibration, where_of(1, first.settings.rounds))
+        if recipe is None:
+            with first.watch.stage("recognise"):
+                recipe = recognise(model, first.example_input)
+    for job, analysed in ready:
+        own = replace(job, watch=Stopwatch(first.watch.seconds), criteria=(found.criterion,), retraining=retraining)
+        if len(jobs) > 1:
+            own = replace(own, progress=_telling(progress, job.budget))
+        with _seeded(own):
+            result = _slim(own, calibration, analysed, found, recipe)
+        yield result
+
+
+def _jobs(
+    model: nn.Module,
+    example_input: Any,
+    budgets: Sequence[Budget],
+    criterion: str | None,
+    settings: SlimSettings,
+    progress: ProgressFactory,
+    place: Place,
+) -> list[Job]:
+    """Check the arguments; one job for each budget, all with one watch for what they share."""
+    if not budgets:
+        raise BadInput("no budget was given; pass at least one, such as Budget('macs', 0.6)")
     names = _criteria(criterion, settings)
     find_criterion(names[0])
     if settings.set_effects == "quadratic" and names[0] not in QUADRATIC:
         raise BadInput(f"criterion {names[0]!r} has no set effects; choose {', '.join(QUADRATIC)}, or 'additive'")
-    device = _checked_device(model)
+    device, watch = checked_device(model), Stopwatch()
     example_input = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, example_input)
-    job = Job(model, example_input, budget, names, settings, Stopwatch(), progress, place)
-    calibration = _calibration(job, data, loss_fn)
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(settings.seed)
-        return _slim(job, calibration, recipe)
+    measured = [(budget, _measuring(settings, budget, device, place)) for budget in budgets]
+    return [Job(model, example_input, budget, names, how, watch, progress, place) for budget, how in measured]
 
 
-def _slim(job: Job, calibration: Calibration, recipe: Recipe | None) -> SlimResult:
-    """Run the stages, in rounds."""
-    with job.watch.stage("capture"):
-        analysis = analyse(job.model, job.example_input, job.settings.protect)
-    _require_feasible(job, analysis)
-    stages = budgets(job.budget, job.settings.rounds)
-    last = run_round(job, calibration, analysis, stages[0], _where(1, len(stages)))
-    job = replace(job, criteria=(last.criterion,))
-    rounds, notes = [last.summary], [*last.notes]
-    for number, budget in enumerate(stages[1:], start=2):
-        last = run_round(job, calibration, last, budget, _where(number, len(stages)))
-        rounds.append(last.summary)
-        notes.extend(last.notes)
-    if recipe is None:
-        with job.watch.stage("recognise"):
-            recipe = recognise(job.model, job.example_input)
+@contextmanager
+def _seeded(job: Job) -> Iterator[None]:
+    """Seed the global random generators, and give them back as they were."""
+    with torch.random.fork_rng({tensor.device for _, tensor in named_tensors(job.model) if tensor.is_cuda}):
+        torch.manual_seed(job.settings.seed)
+        yield
+
+
+def _telling(progress: ProgressFactory, budget: Budget) -> ProgressFactory:
+    """Let progress bars say which budget they are for."""
+    return lambda description: progress(f"{description}, {100 * budget.ratio:g}% of {NOUNS[budget.kind]}")
+
+
+def _timed(job: Job, analysis: Analysis) -> tuple[Job, Analysis]:
+    """Measure layers where a budget is on time."""
+    if time_budget(job.budget) is None or job.settings.latency is None:
+        return job, analysis
+    with job.watch.stage("measure layers"):
+        analysis, rule = timed(analysis, job.settings.rule, job.budget, job.settings.latency, job.progress)
+    return replace(job, settings=replace(job.settings, rule=rule)), analysis
+
+
+def _slim(job: Job, calibration: Calibration, analysis: Analysis, found: Saliency, recipe: Recipe | None) -> SlimResult:
+    """Run the stages after the first scoring, in rounds."""
+    done = run_rounds(job, calibration, analysis, found)
+    first, last = done.first, done.last
+    diagnosis = diagnose(job, calibration, first, last)
+    plan, timing = _plan_of_all_rounds(job, last), _timing(job, last)
     warnings = ["The saliency was scored on synthetic noise; pass calibration data."] if calibration.synthetic else []
+    warnings += [] if timing is None else time_warnings(timing, plan)
     return SlimResult(
         model=last.model.eval(),
-        plan=replace(_plan_of_all_rounds(job, last), provenance=_provenance(job)),
+        plan=replace(plan, provenance=_provenance(job)),
         surgery=last.fitted.rebuilt.surgery,
         analysis=last.fitted.analysis,
         saliency_U=last.saliency_U,
@@ -139,17 +249,27 @@ def _slim(job: Job, calibration: Calibration, recipe: Recipe | None) -> SlimResu
         verification=last.verification,
         recovery=last.summary.recovery,
         rule=job.settings.rule,
-        notes=(*dict.fromkeys(notes), *_notes(rounds, last)),
+        notes=(*done.notes, *_notes(done.summaries, last), *notes_of_training(done.trainings)),
         warnings=tuple(warnings),
         seconds=job.watch.seconds,
         recipe=recipe,
-        rounds=tuple(rounds),
+        rounds=done.summaries,
         repaired=last.repaired,
+        agreement=last.agreement,
+        findings=diagnosis.findings,
+        confidence=diagnosis.confidence,
+        timing=timing,
+        trainings=done.trainings,
     )
 
 
-def _where(number: int, count: int) -> str:
-    return f" (round {number} of {count})" if count > 1 else ""
+def _timing(job: Job, last: Done) -> Timing | None:
+    """Measure what came out beside the original; once more where it was planned by measuring."""
+    setup = job.settings.latency
+    if setup is None:
+        return None
+    with job.watch.stage("measure"), job.progress("Measuring time") as step:
+        return measure_pair(job.model, last.model, job.example_input, setup, step)
 
 
 def _notes(rounds: Sequence[Round], last: Done) -> Iterator[str]:
@@ -180,23 +300,30 @@ def analyse(model: nn.Module, example_input: Any, patterns: Iterable[str] = ()) 
     """
     coupling = couple(model, example_input)
     coupling = replace(coupling, groups=protect(coupling.groups, tuple(patterns)))
-    assert coupling.graph is not None
-    assert coupling.sizes is not None
-    full = np.array([group.steps for group in coupling.groups], dtype=np.int64)
-    return Analysis(coupling, cost_model(coupling.graph, coupling.sizes, coupling.parameters, full))
+    return Analysis(coupling, priced(coupling))
 
 
 # --- arguments ------------------------------------------------------------------------------------------------------
 
 
-def _budget(target_flops: float | None, target_params: float | None) -> Budget:
-    if target_flops is not None and target_params is not None:
-        raise BadInput("target_flops and target_params were both given; give one target")
-    if target_flops is not None:
-        return Budget("macs", target_flops)
-    if target_params is not None:
-        return Budget("params", target_params)
-    raise BadInput("no target was given; add one, such as target_flops=0.6 to keep 60% of the MACs")
+def _budget(*, macs: float | None, params: float | None, latency: float | None, memory: float | None) -> Budget:
+    targets: dict[BudgetKind, float | None] = {"macs": macs, "params": params, "latency": latency, "memory": memory}
+    given = [Budget(kind, ratio) for kind, ratio in targets.items() if ratio is not None]
+    if not given:
+        raise BadInput("no target was given; add one, such as target_flops=0.6 to keep 60% of the MACs")
+    return replace(given[0], also=tuple(given[1:]))
+
+
+def _measuring(settings: SlimSettings, budget: Budget, device: torch.device, place: Place) -> SlimSettings:
+    """Decide how time is measured: on the model's device, and always where a target is on it."""
+    if time_budget(budget) is None and settings.latency is None:
+        return settings
+    if place.count > 1:
+        raise BadInput("several processes on one machine cannot measure time; start one, without torchrun")
+    setup = settings.latency or LatencySetup()
+    if setup.device is not None and torch.device(setup.device).type != device.type:
+        raise BadInput(f"time is to be measured on {setup.device}, but the model is on {device.type}; move it there")
+    return replace(settings, latency=replace(setup, device=device.type))
 
 
 def _criteria(name: str | None, settings: SlimSettings) -> tuple[str, ...]:
@@ -208,7 +335,7 @@ def _criteria(name: str | None, settings: SlimSettings) -> tuple[str, ...]:
     return tuple(dict.fromkeys((default_criterion(settings.recover), DEFAULT_CRITERION)))
 
 
-def _checked_device(model: nn.Module) -> torch.device:
+def checked_device(model: nn.Module) -> torch.device:
     """See that the model is one to work on; say where it lives."""
     if not isinstance(model, nn.Module):
         raise BadInput(f"the model is a {type(model).__name__}; pass a torch.nn.Module")
@@ -263,6 +390,7 @@ def _provenance(job: Job) -> dict[str, Any]:
         "recover": job.settings.recover,
         "rounds": job.settings.rounds,
         "set_effects": job.settings.set_effects,
+        **({} if job.retraining is None else {"finetune_epochs": job.retraining.settings.epochs}),
     }
 
 

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from archscan.findings import Finding, Saving
 from archscan.report.details import Agreement, CurvePoint, GroupSaliency, LayerLink, SaliencyDetail
-from archscan.report.model import Latency
+from archscan.report.model import Exported, Latency
+from archscan.report.training import EpochRow, TrainingRun
 from tests.test_report import densenet201, densenet_report, random_report, resnet50, resnet_report, scan_report
 
 CRITERIA = ("sosp-h", "obd", "taylor-fo", "magnitude")
@@ -20,6 +21,8 @@ def with_everything(report, network):
         links=links(network, report),
         saliency=saliency(report) if report.after else None,
         findings=tuple(finding(report, place, kind) for place, kind in enumerate(KINDS)) if report.after else (),
+        history=trainings() if report.after else (),
+        exports=exports() if report.after else (),
         latency=Latency(41.2, 1.1, 29.8, 0.9, 0.72, 0.70, 0.75, 30, 1, 2, "contiguous", "cpu")
         if report.after
         else None,
@@ -30,6 +33,27 @@ def with_everything(report, network):
             for row in report.modules
         ),
     )
+
+
+def trainings():
+    """Two rounds of a slimming, and a fine-tuning after them."""
+    return (training(2, 0.71, 1), training(2, 0.69, 2), training(3, 0.74))
+
+
+def training(epochs, before, round_=None):
+    rows = (
+        EpochRow(place, 0.01 / place, 2 / place, 0.6, before + place / 100, 900.0, 61.5)
+        for place in range(1, epochs + 1)
+    )
+    teacher = "the dense original"
+    return TrainingRun(5000, 64, "sgd", 0.01, 5e-4, teacher, 1, False, False, 0, before, tuple(rows), "", round_, 0.6)
+
+
+def exports():
+    onnx = Exported(
+        "onnx", "model.onnx", 61_234_567, 15_300_000, None, 3.1e-6, 1e-7, 20, "onnxruntime 1.31 at batch 1 and 3"
+    )
+    return onnx, Exported("script", "model.ts.pt", 61_500_000, 15_300_000, 1, 0.0, 0.0, None, "torch 2.13 at batch 1")
 
 
 def links(network, report):

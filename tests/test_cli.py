@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from archscan import cli
-from archscan.commands import audit, criteria, evaluate, export, finetune, scan, show, slim
+from archscan.commands import audit, compare, criteria, evaluate, export, finetune, scan, show, slim, sweep, widen
 from archscan.commands import list as list_networks
 from archscan.errors import BadInput, InfeasibleBudget, RebuildMismatch
 from archscan.options import (
@@ -105,6 +105,7 @@ def options_of(parser):
 
 def test_the_list_of_options_is_frozen():
     assert options_of(slim.make_parser()) == {
+        *("--target-latency", "--target-memory", "--latency", "--latency-batch", "--lossless"),
         *("--target-flops", "--target-params", "--round-to", "--min-width", "--protect", "--criterion", "--recover"),
         *("--weights", "--input-size", "--num-classes", "--data", "--samples", "--eval-data", "--batch-size"),
         *(
@@ -120,6 +121,8 @@ def test_the_list_of_options_is_frozen():
             "--version",
             "--rounds",
             "--set-effects",
+            "--finetune-epochs",
+            "--finetune-samples",
             "--export",
         ),
     }
@@ -135,19 +138,26 @@ def test_the_list_of_options_is_frozen():
         *("--output", "--overwrite", *printing),
     }
     assert options_of(criteria.make_parser()) == {"--json"}
+    assert options_of(widen.make_parser()) == running | printing | {
+        *("--weights", "--input-size", "--num-classes", "--factor", "--keep-flops", "--find-at", "--only", "--protect"),
+        *("--round-to", "--min-width", "--eval-data", "--mean", "--std", "--criterion", "--recover", "--seed"),
+        *("--output", "--overwrite", "--export"),
+    }
     written = {"--format", "--batch", "--opset", "--output", "--overwrite"}
     assert options_of(export.make_parser()) == written | printing
     training = {"--epochs", "--lr", "--opt", "--weight-decay", "--smoothing", "--mixup", "--cutmix", "--hflip", "--ema"}
     assert options_of(finetune.make_parser()) == running | training | printing | {
         *("--eval-data", "--teacher", "--distill-weight", "--temperature", "--amp", "--workers", "--seed", "--resume"),
-        *("--output", "--overwrite"),
+        *("--output", "--overwrite", "--export"),
     }
-    assert set(cli.COMMANDS) == {"scan", "list", "show", "evaluate", "export", "finetune", "audit", "criteria"}
+    assert options_of(compare.make_parser()) == {"--output", "--overwrite", *printing}
+    targets = {"--target-flops", "--target-params", "--target-latency", "--target-memory", "--lossless", "--version"}
+    assert options_of(sweep.make_parser()) == options_of(slim.make_parser()) - targets | {"--targets", "--of"}
+    commands = "scan list show evaluate export finetune audit criteria widen compare sweep"
+    assert set(cli.COMMANDS) == set(commands.split())
 
 
-@pytest.mark.parametrize(
-    "command", [[], ["scan"], ["list"], ["show"], ["evaluate"], ["export"], ["finetune"], ["audit"], ["criteria"]]
-)
+@pytest.mark.parametrize("command", [[], *([name] for name in sorted(cli.COMMANDS))])
 def test_help_fits_80_columns_and_exits_0(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     assert cli.main([*command, "--help"]) == 0
@@ -186,7 +196,8 @@ EVERY_OPTION = """
 --target-params 0.5 timm:scan --criterion obd --recover none --weights w.safetensors --data d.zip --samples 64
 --eval-data digits --input-size 160,192 --num-classes 10 --batch-size 8 --mean=0.1,0.2,0.3 --std 1,2,3 --round-to 4
 --min-width 16 --protect a.* b --protect c --device cpu --threads 2 --seed 7 --output out --overwrite --quiet
---rounds 3 --set-effects quadratic --export onnx,pt2
+--rounds 3 --set-effects quadratic --export onnx,pt2 --target-latency 0.9 --latency-batch 4
+--finetune-epochs 2 --finetune-samples 500
 """
 
 
@@ -196,7 +207,7 @@ def test_every_option_arrives(calls):
     assert calls == [
         SlimOptions(
             ModelOptions("timm:scan", "w.safetensors", (160, 192), 10),
-            BudgetOptions("params", 0.5, 4, 16, ("a.*", "b", "c")),
+            BudgetOptions("params", 0.5, 4, 16, ("a.*", "b", "c"), (("latency", 0.9),)),
             DataOptions("d.zip", 64, "digits", 8, (0.1, 0.2, 0.3), (1.0, 2.0, 3.0)),
             RunOptions("cpu", 2, 7),
             OutputOptions(Path("out"), overwrite=True, quiet=True),
@@ -206,6 +217,9 @@ def test_every_option_arrives(calls):
             "quadratic",
             ("onnx", "pt2"),
             "archscan " + " ".join(word if word != "a.*" else "'a.*'" for word in typed),
+            latency_batch=4,
+            finetune_epochs=2,
+            finetune_samples=500,
         )
     ]
 
@@ -253,7 +267,7 @@ def test_no_other_ratio_is_taken(ratio):
 REFUSED = {
     "": "required: MODEL",
     "x": "archscan scan x",
-    "x --target-flops 0.5 --target-params 0.5": "give one target",
+    "x --target-flops 0.5 --latency-batch 4": "no effect",
     "x --target-flops 0": "above 0",
     "x --target-flops -0.5": "above 0",
     "x --target-flops 1.01": "at most 1",

@@ -31,6 +31,7 @@ from archscan import saving, training
 from archscan.errors import BadInput
 from archscan.processes import Place
 from archscan.report.training import EpochRow, Moment
+from archscan.saving import distinct_tensors
 from archscan.sources import Preprocessing
 from archscan.training import TrainSettings, train
 from archscan.training.checkpoints import (
@@ -43,7 +44,7 @@ from archscan.training.checkpoints import (
 from archscan.training.distillation import distillation_loss
 from archscan.training.images import open_epochs, seeded_everywhere
 from archscan.training.settings import choose, choose_batch_size
-from archscan.training.trainer import Job, Teacher, named_tensors, run
+from archscan.training.trainer import Job, Teacher, run
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -72,7 +73,7 @@ def tiny(seed=0):
 
 
 def equal(a, b):
-    first, second = named_tensors(a), named_tensors(b)
+    first, second = distinct_tensors(a), distinct_tensors(b)
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 

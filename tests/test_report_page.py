@@ -115,12 +115,32 @@ def test_every_chart_is_drawn(page):
     assert page.locator(".found").count() == len(report.findings)
 
 
+def test_learning_is_drawn_and_told(page):
+    report = slim_report()
+    assert page.locator("#learning .scatterlayer .trace").count() == 4
+    assert page.locator("#learning .annotation").all_text_contents() == ["round 1", "round 2", "fine-tuning"]
+    points = page.locator("#learning .scatterlayer .trace .points path").count()
+    assert points == (3 + 7) + 7 + 7  # evaluated, which begins before the first step; in training; loss
+    assert page.locator("#training tbody tr").count() == sum(len(run.epochs) for run in report.history)
+    expect(page.locator("#training")).to_contain_text("2 rounds of 2 epochs on 5,000 images, sgd")
+    expect(page.locator("#training")).to_contain_text("accuracy 71.0% to 73.0%, then 69.0% to 71.0%")
+
+
+def test_exported_files_are_listed(page):
+    rows = page.locator("#exports tbody tr")
+    assert [name.split("\t")[:3] for name in rows.all_inner_texts()] == [
+        ["model.onnx", "61.23 MB", "15,300,000"],
+        ["model.ts.pt", "61.50 MB", "15,300,000"],
+    ]
+
+
 def test_a_scan_is_drawn_too(browser, files):
     with opened(browser, files("scan")) as page:
         assert page.locator("#kept").count() == 0
         assert page.locator("#colour option").all_inner_texts() == ["share of the MACs", "share of the time"]
         assert page.locator("#graph .node").count() == len(scanned_report().groups)
         assert page.locator("#saliency").count() == 0
+        assert page.locator("#training, #exports").count() == 0
 
 
 def test_warnings_that_change_the_meaning_stand_first(alarming_page):

@@ -68,28 +68,47 @@ def test_score(tmp_path: Path) -> None:
     assert "| obd |" in markdown
 
 
-def test_criteria(tmp_path: Path) -> None:
+def test_accuracy(tmp_path: Path) -> None:
     data_folder = folder_of_data(tmp_path)
     counts = ("--samples", "20", "--recalibration-samples", "20", "--batch-size", "10", "--eval-samples", "20")
     peers = "l2/kept/one-shot,l2/conv/iterative"
-    arguments = ("--model", "resnet20_cifar", "--data", str(data_folder), *counts, "--ratios", "0.9")
-    methods = ("--criteria", "obd,magnitude/rounds,random/kept", "--peers", peers)
-    data, markdown = run("bench_criteria", *arguments, *methods, output=tmp_path / "criteria")
+    arguments = ("--networks", "resnet20_cifar", "--data", str(data_folder), *counts, "--ratios", "0.9", "--seeds", "0")
+    methods = ("--methods", "default,magnitude", "--peers", peers)
+    data, markdown = run("bench_accuracy", *arguments, *methods, output=tmp_path / "accuracy")
     assert {(point["side"], point["method"]) for point in data["points"]} == {
-        *(("archscan", method) for method in ("obd", "magnitude/rounds", "random/kept")),
+        *(("archscan", method) for method in ("default", "magnitude")),
         *(("torch-pruning", peer) for peer in peers.split(",")),
     }
+    repairs = {"default": {"ls"}, "magnitude": {"none", "bn", "bias", "ls"}}
     for point in data["points"]:
         assert point["failure"] is None
         assert point["ratio"] - 0.05 < point["macs"] <= point["ratio"]
-    assert "| magnitude/rounds |" in markdown
-    assert "At 0.9 of the MACs, recalibrated, archscan's best is" in markdown
+        assert point["accuracy"].keys() == repairs.get(point["method"], {"none", "bn"})
+        assert all(0 <= accuracy <= 1 for accuracy in point["accuracy"].values())
+    assert "| magnitude | least squares |" in markdown
+    assert (tmp_path / "accuracy-resnet20_cifar.svg").exists()
 
-    cached = tmp_path / "criteria" / "cache.jsonl"
+    cached = tmp_path / "accuracy" / "cache.jsonl"
     before = cached.read_text(encoding="utf-8")
-    again, _ = run("bench_criteria", *arguments, *methods, "--resume", output=tmp_path / "criteria")
+    again, _ = run("bench_accuracy", *arguments, *methods, "--resume", output=tmp_path / "accuracy")
     assert again["points"] == data["points"]
     assert cached.read_text(encoding="utf-8") == before
+
+
+def test_points_of_another_setting_are_not_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    benchmarking, report = (importlib.import_module(name) for name in ("benchmarking", "accuracy_report"))
+
+    def cache(setting: dict, *, resume: bool = True):
+        return benchmarking.Cache(tmp_path / "cache.jsonl", setting, lambda entry: report.Point(**entry), resume=resume)
+
+    first, second = (report.Point("net", "archscan", name, 0.5, 0, 0.49, {"none": 0.8}) for name in ("obd", "random"))
+    cache({"samples": 1}).put(first)
+    cache({"samples": 2}).put(second)
+    assert cache({"samples": 1}).points == {first.key: first}
+    assert cache({"samples": 2}).points == {second.key: second}
+    assert cache({"samples": 2}, resume=False).points == {}
+    assert cache({"samples": 1}).points == {}
 
 
 def test_a_padded_shortcut_as_a_convolution_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,3 +121,14 @@ def test_a_padded_shortcut_as_a_convolution_computes_the_same(monkeypatch: pytes
     with torch.no_grad():
         torch.testing.assert_close(peer.prepared(subject.model, "conv")(images), subject.model(images))
     assert len(list(peer.prepared(subject.model, "conv").modules())) == len(list(subject.model.modules()))
+
+
+def test_latency(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ARCHSCAN_CACHE", str(tmp_path / "cache"))
+    tiny = ("--networks", "reference:resnet20_cifar", "--input-size", "16", "--batches", "1", "--repeats", "2")
+    data, markdown = run("bench_latency", *tiny, "--ratio", "0.8", "--runtimes", "eager", output=tmp_path / "latency")
+    assert all("Torch-Pruning" in where for where in data["failures"])  # it cannot prune padded shortcuts
+    assert {point["variant"] for point in data["points"]} >= {"dense", "archscan, MACs", "archscan, time"}
+    assert all(point["ratio"] == 1 for point in data["points"] if point["variant"] == "dense")
+    assert all(point["macs"] <= 0.8 for point in data["points"] if "MACs" in point["variant"])
+    assert "## eager" in markdown

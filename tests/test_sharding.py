@@ -216,6 +216,22 @@ def test_what_all_processes_refuse_is_said_once(runs, tmp_path):
         assert outputs[1] == ("", "")
 
 
+def test_processes_train_together_between_rounds(runs, tmp_path):
+    training = ("lenet5", "--weights", "random", *DIGITS, "--target-flops", "0.5", "--rounds", "2", "--device", "cpu")
+    training += ("--finetune-epochs", "1", "--finetune-samples", "96", "--criterion", "obd", "--json")
+    for count in (1, 2):
+        codes, outputs = runs(count, (*training, "--output", str(count)), tmp_path)
+        assert not any(codes), outputs
+        assert outputs[1:] == [("", "")] * (count - 1)
+        history = json.loads(outputs[0][0])["history"]
+        assert [(run["round"], run["processes"]) for run in history] == [(1, count), (2, count)]
+    codes, outputs = runs(2, (*training[:-1], "--output", "out", "--num-classes", "7"), tmp_path)
+    assert codes == [2, 2]
+    assert outputs[0][1].count("\n") == 1
+    assert "it cannot learn them" in outputs[0][1]
+    assert not (tmp_path / "out").exists()
+
+
 def test_other_commands_are_done_by_the_first_process(runs, tmp_path):
     codes, outputs = runs(2, ("criteria", "--json"), tmp_path)
     assert codes == [0, 0]

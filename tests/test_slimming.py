@@ -19,6 +19,7 @@ import archscan
 from archscan import options, replan
 from archscan.capture import capture
 from archscan.errors import BadInput, InfeasibleBudget, RebuildMismatch
+from archscan.latency import LatencySetup
 from archscan.recognise import recognise
 from archscan.recount import Recount, fvcore_macs, recount
 from archscan.reference_nets import REFERENCE_NETS
@@ -418,7 +419,10 @@ def compiled(model):
 
 REFUSED = {
     "no target": (lambda: slim(Plain(), IMAGE), "no target"),
-    "two targets": (lambda: slim(Plain(), IMAGE, target_flops=0.5, target_params=0.5), "one target"),
+    "time elsewhere": (
+        lambda: slim(Plain(), IMAGE, target_latency=0.5, settings=SlimSettings(latency=LatencySetup(device="meta"))),
+        "on meta",
+    ),
     "ratio 0": (lambda: slim(Plain(), IMAGE, target_flops=0), "above 0"),
     "ratio 1.5": (lambda: slim(Plain(), IMAGE, target_params=1.5), "at most 1"),
     "ratio True": (lambda: slim(Plain(), IMAGE, target_flops=True), "kept fraction"),

@@ -2,18 +2,23 @@
 
 import argparse
 import sys
-from pathlib import Path
 
 from archscan.arguments import (
     Parser,
+    add_output,
+    add_printing,
     add_run,
+    add_saved,
+    add_seed,
     parse_count,
     parse_number,
     parse_whole,
-    printing,
+    read_printing,
+    read_run,
 )
+from archscan.commands.export import add_export
 from archscan.commands.printing import print_report, progress_for
-from archscan.options import OutputOptions, RunOptions
+from archscan.options import OutputOptions
 
 
 def parse_share(text: str) -> float:
@@ -40,7 +45,7 @@ def make_parser() -> argparse.ArgumentParser:
         description="Train a saved network, taught by its dense original, and save it as another result. Starts on "
         "several GPUs with: torchrun --nproc-per-node N -m archscan finetune DIR …",
     )
-    parser.add_argument("folder", type=Path, metavar="DIR", help="a folder that archscan saved")
+    add_saved(parser)
     parser.add_argument("--data", required=True, metavar="DATA", help="images to learn from: a DIR, a ZIP, or digits")
     parser.add_argument("--eval-data", metavar="DATA", help="images to measure accuracy on, after every epoch")
     parser.add_argument("--samples", type=parse_count, metavar="N", help="learn from at most so many (default: all)")
@@ -50,9 +55,12 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--amp", action="store_true", help="compute in half precision where that is safe")
     workers = "processes that prepare images (default: as many as help)"
     group.add_argument("--workers", type=parse_whole, metavar="N", help=workers)
-    group.add_argument("--seed", type=parse_whole, default=0, metavar="N", help="of everything random (default: 0)")
+    add_seed(group)
     group.add_argument("--resume", action="store_true", help="go on with the unfinished run of the same output")
-    _add_output(parser)
+    folder = "of the result (default: DIR-finetuned)"
+    output = add_output(parser, folder, "replace an existing folder, or an unfinished run")
+    add_printing(output)
+    add_export(output)
     return parser
 
 
@@ -81,23 +89,14 @@ def _add_teacher(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--temperature", type=parse_from_zero, default=4.0, metavar="T", help=softens)
 
 
-def _add_output(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("output")
-    group.add_argument("--output", type=Path, metavar="DIR", help="of the result (default: DIR-finetuned)")
-    group.add_argument("--overwrite", action="store_true", help="replace an existing folder, or an unfinished run")
-    printed = group.add_mutually_exclusive_group()
-    printed.add_argument("--json", action="store_true", help="print the summary as JSON and nothing else")
-    printed.add_argument("--quiet", action="store_true", help="print the verdict only")
-
-
 def run(parsed: argparse.Namespace, command_line: str) -> None:
     """Train, save, and print the report; under ``torchrun`` the first process prints."""
-    from archscan import pipeline
     from archscan.commands.training_view import watching
     from archscan.errors import is_first
+    from archscan.opening import use_machine
     from archscan.training import Request, TrainSettings, finetune_folder
 
-    output = printing(parsed) if is_first() else OutputOptions(quiet=True)
+    output = read_printing(parsed) if is_first() else OutputOptions(quiet=True)
     settings = TrainSettings(
         epochs=parsed.epochs,
         lr=parsed.lr,
@@ -125,7 +124,8 @@ def run(parsed: argparse.Namespace, command_line: str) -> None:
         settings=settings,
         resume=parsed.resume,
         overwrite=parsed.overwrite,
-        device=pipeline.use_machine(RunOptions(parsed.device, parsed.threads, parsed.seed)),
+        device=use_machine(read_run(parsed)),
+        exports=parsed.export,
         command_line=command_line,
     )
     with watching(sys.stderr, hidden=output.quiet) as watch:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from archscan.options import OutputOptions, ProgressFactory
 
 if TYPE_CHECKING:
+    from archscan.report.compare import Comparison
     from archscan.report.model import Evaluation, Report
 
 
@@ -38,3 +39,16 @@ def print_evaluation(evaluation: "Evaluation", output: OutputOptions) -> None:
         sys.stdout.write(json_text(evaluation))
     else:
         show(render_evaluation(evaluation), console(sys.stdout))
+
+
+def print_comparison(comparison: "Comparison", output: OutputOptions, page: Path | None = None) -> None:
+    """Print a comparison in the form that was asked for."""
+    from archscan.report.compare import json_text
+    from archscan.report.compare_terminal import render_comparison, render_comparison_verdict
+    from archscan.report.terminal import console, show
+
+    if output.json:
+        sys.stdout.write(json_text(comparison))
+    else:
+        what = render_comparison_verdict(comparison) if output.quiet else render_comparison(comparison, page)
+        show(what, console(sys.stdout))

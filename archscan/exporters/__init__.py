@@ -5,8 +5,7 @@ how far off it was. The decision that is not obvious: it is all or nothing. File
 asked for has passed, so that a folder never holds an export that nobody has run.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from archscan.errors import BadInput
 from archscan.exporters import onnx_file, program, script
 from archscan.exporters.folder import Pair, check_free, example_of, open_pair, record, staged, write_architecture
 from archscan.exporters.network import ExportSettings, Network, prepare
-from archscan.options import ProgressCallback, ProgressFactory
+from archscan.options import ProgressFactory, silent
 from archscan.report.model import Exported, Report
 
 __all__ = [
@@ -40,12 +39,6 @@ FORMATS: Mapping[str, tuple[str, Writer]] = {
     "script": (script.FILE, script.write_script),
 }
 """Format → the file that it is written to, and what writes it."""
-
-
-@contextmanager
-def silent(_: str) -> Iterator[ProgressCallback]:
-    """Show no progress."""
-    yield lambda done, total: None
 
 
 def check_formats(formats: Sequence[str]) -> tuple[str, ...]:
@@ -87,10 +80,20 @@ def export_formats(
         BadInput: A format is unknown, its packages are missing, the network cannot be exported, or a file is there.
         RebuildMismatch: A file does not compute what the network computes.
     """
-    names, settings = check_formats(formats), settings or ExportSettings()
-    check_free(folder, [FORMATS[name][0] for name in names], overwrite=settings.overwrite)
+    names, settings = _checked(folder, formats, settings)
     with staged(folder) as partial:
         return _write(model, example_input, partial, names, settings, progress)
+
+
+def _checked(
+    folder: Path, formats: Sequence[str], settings: ExportSettings | None
+) -> tuple[tuple[str, ...], ExportSettings]:
+    """See, before any work, that formats can be written to a folder; return them, once each, and all settings."""
+    names, settings = check_formats(formats), settings or ExportSettings()
+    if settings.opset is not None and "onnx" not in names:
+        raise BadInput("an opset was given and nothing is exported as onnx; leave it out")
+    check_free(folder, [FORMATS[name][0] for name in names], overwrite=settings.overwrite)
+    return names, settings
 
 
 def _write(
@@ -101,8 +104,6 @@ def _write(
     settings: ExportSettings,
     progress: ProgressFactory,
 ) -> tuple[Exported, ...]:
-    if settings.opset is not None and "onnx" not in formats:
-        raise BadInput("an opset was given and nothing is exported as onnx; leave it out")
     network, exported = prepare(model, example_input, settings), []
     with progress("Exporting") as step:
         for place, name in enumerate(formats):
@@ -147,8 +148,7 @@ def _export_beside(
     settings: ExportSettings | None,
     progress: ProgressFactory,
 ) -> tuple[Exported, ...]:
-    names, settings = check_formats(formats), settings or ExportSettings()
-    check_free(folder, [FORMATS[name][0] for name in names], overwrite=settings.overwrite)
+    names, settings = _checked(folder, formats, settings)
     with staged(folder) as partial:
         exported = _write(pair.after, example_input, partial, names, settings, progress)
         write_architecture(pair, partial)
@@ -174,10 +174,7 @@ def export_saved(
     Raises:
         ArchscanError: As for `export_formats`; or the folder is damaged, or needs its original to be opened.
     """
-    names = check_formats(formats)
-    check_free(
-        output or folder, [FORMATS[name][0] for name in names], overwrite=(settings or ExportSettings()).overwrite
-    )
+    names, settings = _checked(output or folder, formats, settings)
     with progress(f"Opening {folder}") as step:
         step(0, 0)
         pair = open_pair(folder, None)

@@ -5,9 +5,6 @@ an interruption leaves no half-written file, and a refusal none at all.
 """
 
 import math
-import os
-import shutil
-import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,16 +16,16 @@ from torch import nn
 from archscan import recipes, saving
 from archscan.errors import BadInput
 from archscan.exporters.layers import ARCHITECTURE, list_layers, render_layers
+from archscan.exporters.network import DATA_SUFFIX
+from archscan.folders import beside, check_place, write_whole
 from archscan.rebuild import apply
 from archscan.recipes import seeded
+from archscan.report.html import render_html
 from archscan.report.model import Exported, Report, json_text
 from archscan.saved import read_result
 
 _LARGEST_INPUT = 2**28
 """Numbers in one input that a folder may ask for."""
-
-DATA_SUFFIX = ".data"
-"""Ends the name of what a protobuf is too small for."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,11 +84,7 @@ def check_free(target: Path, names: Sequence[str], *, overwrite: bool) -> None:
     Raises:
         BadInput: The folder cannot be written to, or has such a file and `overwrite` is not asked for.
     """
-    if target.exists() and not target.is_dir():
-        raise BadInput(f"{target} is a file; choose another output folder")
-    nearest = next(path for path in (target, *target.parents) if path.exists())
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise BadInput(f"{nearest} is not a folder that can be written to; choose another output folder")
+    check_place(target, (target, *target.parents))
     for name in names:
         if (target / name).exists() and not overwrite:
             raise BadInput(
@@ -106,9 +99,7 @@ def staged(target: Path) -> Iterator[Path]:
     Raises:
         BadInput: The disk refuses.
     """
-    partial = target.parent / f".{target.name}.{uuid.uuid4().hex[:12]}.partial"
-    try:
-        partial.mkdir(parents=True)
+    with beside(target) as partial:
         yield partial
         target.mkdir(exist_ok=True)
         names = sorted(path.name for path in partial.iterdir())
@@ -116,12 +107,6 @@ def staged(target: Path) -> Iterator[Path]:
             (partial / name).replace(target / name)
             if f"{name}{DATA_SUFFIX}" not in names:
                 (target / f"{name}{DATA_SUFFIX}").unlink(missing_ok=True)
-    except OSError as error:
-        raise BadInput(
-            f"{target} cannot be written: {error.strerror or error}; choose another output folder"
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_architecture(pair: Pair, folder: Path) -> None:
@@ -131,7 +116,10 @@ def write_architecture(pair: Pair, folder: Path) -> None:
 
 
 def record(folder: Path, report: Report, exported: Sequence[Exported]) -> Report:
-    """Add exports to the summary of a saved result, in place of older ones of the same format; return the report.
+    """Add exports to the summary and the page of a saved result, in place of older ones of the same format.
+
+    Returns:
+        The report with the exports in it.
 
     Raises:
         BadInput: The disk refuses.
@@ -139,12 +127,6 @@ def record(folder: Path, report: Report, exported: Sequence[Exported]) -> Report
     new = {entry.format for entry in exported}
     kept = (entry for entry in report.exports if entry.format not in new)
     changed = replace(report, exports=(*kept, *exported))
-    partial = folder / f".{saving.SUMMARY}.{uuid.uuid4().hex[:12]}.partial"
-    try:
-        partial.write_text(json_text(changed), encoding="utf-8")
-        partial.replace(folder / saving.SUMMARY)
-    except OSError as error:
-        raise BadInput(f"{folder / saving.SUMMARY} cannot be written: {error.strerror or error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(folder / saving.SUMMARY, json_text(changed))
+    write_whole(folder / saving.REPORT, render_html(changed))
     return changed

@@ -4,7 +4,8 @@ import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +14,14 @@ from torch.utils._pytree import tree_leaves
 
 from archscan.capture import split_input
 from archscan.errors import BadInput, RebuildMismatch
-from archscan.exporters.checks import Trial, make_trials, quiet, refusing, resize_batch
+from archscan.exporters.checks import Agreement, Trial, make_trials, quiet, refusing, resize_batch
+from archscan.report.model import Exported
 
 TRIED_BATCHES = (1, 3)
 """Batch sizes that a file for any batch size is run with: the one that code treats apart, and one not traced."""
+
+DATA_SUFFIX = ".data"
+"""Ends the name of what a protobuf is too small for."""
 
 _TRACED_BATCH = 2  # 1 would be taken for a size that broadcasts
 
@@ -93,6 +98,27 @@ class Network:
         return "batch " + " and ".join(dict.fromkeys(str(trial.batch_size) for trial in self.trials))
 
 
+@dataclass(frozen=True)
+class Checked:
+    """What running a file has shown.
+
+    Attributes:
+        format: Its format.
+        parameters: How many of the network's parameters it carries.
+        nodes: How many names and types it has to hold beside them, about.
+        agreement: With PyTorch.
+        by: What it was loaded and run with.
+        opset: Of ONNX.
+    """
+
+    format: Literal["onnx", "pt2", "script"]
+    parameters: int
+    nodes: int
+    agreement: Agreement
+    by: str
+    opset: int | None = None
+
+
 def prepare(model: nn.Module, example_input: Any, settings: ExportSettings) -> Network:
     """Copy a network to export it; the original is left unchanged.
 
@@ -143,3 +169,25 @@ def check_size(network: Network, name: str, file_bytes: int, nodes: int) -> None
         raise RebuildMismatch(
             f"{name} takes {file_bytes:,} bytes where the network's tensors take {tensor_bytes:,}; nothing was written"
         )
+
+
+def entry_of(network: Network, file: Path, checked: Checked) -> Exported:
+    """Describe a file that was run, with what lies beside it.
+
+    Raises:
+        RebuildMismatch: See `check_size`.
+    """
+    parts = (file, file.with_name(f"{file.name}{DATA_SUFFIX}"))
+    file_bytes = sum(part.stat().st_size for part in parts if part.exists())
+    check_size(network, file.name, file_bytes, checked.nodes)
+    return Exported(
+        format=checked.format,
+        file=file.name,
+        file_bytes=file_bytes,
+        parameters=checked.parameters,
+        batch_size=network.settings.batch_size,
+        max_abs_error=checked.agreement.max_abs_error,
+        max_relative_error=checked.agreement.max_relative_error,
+        opset=checked.opset,
+        checked_by=f"{checked.by} at {network.tried}",
+    )

@@ -21,13 +21,13 @@ from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tre
 from archscan.capture import split_input
 from archscan.errors import BadInput, RebuildMismatch
 from archscan.exporters.checks import compare, quiet, refusing
-from archscan.exporters.network import Network, check_size, count_parameters
+from archscan.exporters.network import Checked, Network, count_parameters, entry_of
 from archscan.report.model import Exported
 
 if TYPE_CHECKING:
     from torch.onnx import ONNXProgram
 
-FILE, DATA = "model.onnx", "model.onnx.data"
+FILE = "model.onnx"
 
 LEAST_OPSET = 18
 """Older ones are made by a converter that leaves the file as it is where it fails."""
@@ -73,19 +73,8 @@ def write_onnx(network: Network, folder: Path) -> Exported:
             onnx.checker.check_model(path, full_check=True)
             session = _open_session(path)
             agreement = compare(FILE, lambda inputs: _run(session, inputs), network.trials)
-    file_bytes = sum((folder / name).stat().st_size for name in (FILE, DATA) if (folder / name).exists())
-    check_size(network, FILE, file_bytes, len(made.model.graph))
-    return Exported(
-        format="onnx",
-        file=FILE,
-        file_bytes=file_bytes,
-        parameters=parameters,
-        batch_size=network.settings.batch_size,
-        max_abs_error=agreement.max_abs_error,
-        max_relative_error=agreement.max_relative_error,
-        opset=opset,
-        checked_by=f"onnx {onnx.__version__}, onnxruntime {onnxruntime.__version__} at {network.tried}",
-    )
+    by = f"onnx {onnx.__version__}, onnxruntime {onnxruntime.__version__}"
+    return entry_of(network, path, Checked("onnx", parameters, len(made.model.graph), agreement, by, opset))
 
 
 def _convert(network: Network) -> tuple["ONNXProgram", int]:

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from archscan.exporters.checks import call, compare, quiet, refusing
-from archscan.exporters.network import Network, check_size, count_parameters
+from archscan.exporters.network import Checked, Network, count_parameters, entry_of
 from archscan.report.model import Exported
 
 FILE = "model.pt2"
@@ -32,15 +32,5 @@ def write_program(network: Network, folder: Path) -> Exported:
         agreement = compare(FILE, lambda inputs: call(module, inputs), network.trials)
     state = loaded.state_dict
     parameters = count_parameters(network, lambda name: tuple(state[name].shape) if name in state else None, FILE)
-    check_size(network, FILE, path.stat().st_size, len(loaded.graph.nodes))
-    return Exported(
-        format="pt2",
-        file=FILE,
-        file_bytes=path.stat().st_size,
-        parameters=parameters,
-        batch_size=network.settings.batch_size,
-        max_abs_error=agreement.max_abs_error,
-        max_relative_error=agreement.max_relative_error,
-        opset=None,
-        checked_by=f"torch.export.load of torch {torch.__version__} at {network.tried}",
-    )
+    by = f"torch.export.load of torch {torch.__version__}"
+    return entry_of(network, path, Checked("pt2", parameters, len(loaded.graph.nodes), agreement, by))

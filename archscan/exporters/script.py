@@ -11,7 +11,7 @@ import torch
 
 from archscan.capture import split_input
 from archscan.exporters.checks import call, compare, quiet, refusing
-from archscan.exporters.network import Network, check_size, count_parameters
+from archscan.exporters.network import Checked, Network, count_parameters, entry_of
 from archscan.report.model import Exported
 
 FILE = "model.ts.pt"
@@ -37,15 +37,5 @@ def write_script(network: Network, folder: Path) -> Exported:
     state = {name: tuple(tensor.shape) for name, tensor in loaded.named_parameters(remove_duplicate=False)}
     parameters = count_parameters(network, state.get, FILE)
     nodes = sum(1 for _ in loaded.inlined_graph.nodes()) + sum(1 for _ in loaded.modules())
-    check_size(network, FILE, path.stat().st_size, nodes)
-    return Exported(
-        format="script",
-        file=FILE,
-        file_bytes=path.stat().st_size,
-        parameters=parameters,
-        batch_size=network.settings.batch_size,
-        max_abs_error=agreement.max_abs_error,
-        max_relative_error=agreement.max_relative_error,
-        opset=None,
-        checked_by=f"torch.jit.load of torch {torch.__version__} at {network.tried}",
-    )
+    by = f"torch.jit.load of torch {torch.__version__}"
+    return entry_of(network, path, Checked("script", parameters, nodes, agreement, by))

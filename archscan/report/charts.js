@@ -181,28 +181,29 @@ function drawLearning(data, of) {
   const { dense, runs } = data.training, percent = (share) => `${(100 * share).toFixed(1)}%`;
   const starts = runs.map((_, at) => runs.slice(0, at).reduce((sum, run) => sum + run.epochs.length, 0));
   const end = starts.at(-1) + runs.at(-1).epochs.length;
-  const points = (value) => runs.flatMap((run, at) =>
-    run.epochs.map((row, epoch) => ({ x: starts[at] + epoch + 1, y: row[value], where: `${run.name}, epoch ${epoch + 1}` })));
-  const evaluated = runs.flatMap((run, at) => [
-    { x: starts[at], y: run.before, where: `before ${run.name}` },
-    ...points(2).slice(starts[at], starts[at] + run.epochs.length),
-  ]).filter((point) => point.y !== null);
+  const epochs = (run, at, value) =>
+    run.epochs.map((row, epoch) => ({ x: starts[at] + epoch + 1, y: row[value], where: `${run.name}, epoch ${epoch + 1}` }));
+  // what is measured while a network learns belongs to that training alone, hence the gaps
+  const apart = (value) => runs.flatMap((run, at) => [...epochs(run, at, value), { x: starts[at] + run.epochs.length, y: null, where: "" }]);
+  const evaluated = runs.flatMap((run, at) => [{ x: starts[at], y: run.before, where: `before ${run.name}` }, ...epochs(run, at, 2)])
+    .filter((point) => point.y !== null);
   const line = (name, all, yaxis, style, says) => ({
     type: "scatter", mode: "lines+markers", name, yaxis, ...style,
     x: all.map((point) => point.x), y: all.map((point) => point.y),
-    text: all.map((point) => `${verbatim(point.where)}<br>${name} ${says(point.y)}`),
+    text: all.map((point) => `${verbatim(point.where)}<br>${name} ${point.y === null ? "" : says(point.y)}`),
     hovertemplate: "%{text}<extra></extra>",
   });
-  const trained = points(1).filter((point) => point.y !== null), measured = evaluated.length + trained.length > 0;
-  const traces = [line("loss", points(0), "y", { line: { color: of("stuck"), width: 2 }, marker: { size: 5 } }, (value) => value.toPrecision(4))];
-  if (trained.length) traces.push(line("accuracy in training", trained, "y2", { line: { color: of("faint"), width: 1.5, dash: "dot" }, marker: { size: 4 } }, percent));
+  const trained = apart(1), learns = trained.some((point) => point.y !== null), measured = evaluated.length > 0 || learns;
+  const traces = [];
   if (evaluated.length) traces.push(line("accuracy, evaluated", evaluated, "y2", { line: { color: of("kept"), width: 3 }, marker: { size: 7 } }, percent));
+  if (learns) traces.push(line("accuracy in training", trained, "y2", { line: { color: of("faint"), width: 1.5, dash: "dot" }, marker: { size: 5 } }, percent));
   if (measured && dense !== null) {
     traces.push({
       type: "scatter", mode: "lines", name: "dense original", yaxis: "y2", x: [0, end], y: [dense, dense],
       line: { color: of("text"), width: 1.5, dash: "dash" }, hovertemplate: `dense original ${percent(dense)}<extra></extra>`,
     });
   }
+  traces.push(line("loss", apart(0), "y", { line: { color: of("stuck"), width: 2 }, marker: { size: 5 } }, (value) => value.toPrecision(4)));
   const top = { xref: "x", yref: "paper", y: 1, yanchor: "bottom", showarrow: false, font: { size: 12 } };
   const layout = layoutOf(of, {
     margin: { l: 56, r: 8, t: 56, b: 44 },

@@ -42,9 +42,10 @@ def _line(runs: Sequence[TrainingRun]) -> str:
     epochs = views.plural(len(run.epochs), "epoch")
     what = f"{count} rounds of {epochs}" if count > 1 else epochs
     taught = ", no teacher" if run.teacher.startswith("none") else f", taught by {run.teacher}"
-    how = f"{what} on {views.plural(run.images, 'image')}, {run.optimizer} up to {run.lr:.2g}{taught}"
-    gave = [part for part in (_accuracies(runs), _loss(run)) if part]
-    return f"{how}: {', '.join(gave)}, {sum(each.seconds for each in runs):.3g} s (measured)"
+    lr = f"{run.optimizer} with a learning rate up to {run.lr:.2g}"
+    how = f"{what} on {views.plural(run.images, 'image')}, {lr}{taught}"
+    gave = [part for part in (_accuracies(runs), _loss(run) if count == 1 else "") if part]
+    return f"{how}: {', '.join([*gave, f'{sum(each.seconds for each in runs):.3g} s'])} (measured)"
 
 
 def _accuracies(runs: Sequence[TrainingRun]) -> str:
@@ -53,8 +54,8 @@ def _accuracies(runs: Sequence[TrainingRun]) -> str:
     if not told:
         return ""
     if len(told) > MOST_ROUNDS_TOLD:
-        return f"top-1 {told[0]} in the first round, {told[-1]} in the last"
-    return f"top-1 {', then '.join(told)}"
+        return f"accuracy {told[0]} in the first round, {told[-1]} in the last"
+    return f"accuracy {', then '.join(told)}"
 
 
 def _loss(run: TrainingRun) -> str:

@@ -22,20 +22,25 @@ from archscan.report.training import EpochRow, Moment, TrainingRun
 from archscan.sources import Preprocessing
 from archscan.training.distillation import Teacher
 from archscan.training.folder import RESUME, Request, finetune_folder, finetune_saved
-from archscan.training.images import AugmentedImages, Epochs, given_batches, open_epochs
+from archscan.training.images import AugmentedImages, Epochs, LaterEpochs, given_batches, open_epochs
 from archscan.training.settings import TrainSettings
 from archscan.training.trainer import Job, Trained, run
 
 __all__ = [
     "EpochRow",
+    "Epochs",
+    "LaterEpochs",
     "Moment",
     "Request",
+    "Teacher",
     "TrainSettings",
     "Trained",
     "TrainingRun",
     "finetune",
     "finetune_folder",
     "open_epochs",
+    "open_evaluation",
+    "open_images",
     "train",
 ]
 
@@ -113,15 +118,20 @@ def train(
     settings = settings or TrainSettings()
     home = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
     with joined(device or home, RESUME) as place:
-        evaluation = _evaluation(eval_data, preprocessing)
+        evaluation = open_evaluation(eval_data, preprocessing)
         named = Teacher(teacher, "none" if teacher is None else "a given network")
-        images = _epochs(data, preprocessing, settings, place, evaluates=evaluation is not None)
+        images = open_images(data, preprocessing, settings, place, evaluates=evaluation is not None)
         return run(Job(model, images, settings, named, evaluation, place), watch=watch)
 
 
-def _epochs(
+def open_images(
     data: Any, preprocessing: Preprocessing | None, settings: TrainSettings, place: Place, *, evaluates: bool
 ) -> Epochs:
+    """Open what to learn from, as `finetune` takes it; `evaluates` says that there are images to evaluate on besides.
+
+    Raises:
+        BadInput: It is none of what `finetune` takes, or not all that is needed is known of it.
+    """
     if isinstance(data, AugmentedImages):
         return data
     if isinstance(data, str | PathLike):
@@ -135,7 +145,14 @@ def _epochs(
     return given_batches(data, place)
 
 
-def _evaluation(data: str | PathLike[str] | ImageSet | None, preprocessing: Preprocessing | None) -> ImageSet | None:
+def open_evaluation(
+    data: str | PathLike[str] | ImageSet | None, preprocessing: Preprocessing | None
+) -> ImageSet | None:
+    """Open what to evaluate on, as `finetune` takes it; None for nothing.
+
+    Raises:
+        BadInput: It cannot be read, or how the network wants its images is not known.
+    """
     if data is None or isinstance(data, ImageSet):
         return data
     if preprocessing is None:

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from archscan.errors import BadInput
+from archscan.saving import distinct_tensors
 
 FORMAT = 1
 _KEY = "archscan"
@@ -119,18 +120,13 @@ def _with_tuples(group: Mapping[str, Any]) -> dict[str, Any]:
     return {key: tuple(value) if isinstance(value, list) and key != "params" else value for key, value in group.items()}
 
 
-def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """List every parameter and buffer once; buffers that no state dict holds are among them."""
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
-
-
 def copy_into(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Copy values into all parameters and buffers of a network.
 
     Raises:
         BadInput: Names or shapes are not those of the network.
     """
-    mine = named_tensors(model)
+    mine = distinct_tensors(model)
     if mine.keys() != tensors.keys() or any(mine[name].shape != tensors[name].shape for name in mine):
         raise BadInput("the unfinished run is of another network; start again with --overwrite")
     with torch.no_grad():

@@ -7,8 +7,7 @@ exists is always one that was trained to the end.
 
 import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -18,12 +17,15 @@ from torch import nn
 from archscan import saving
 from archscan.data import ImageSet, evaluation_images
 from archscan.errors import BadInput
-from archscan.evaluation import top_one
-from archscan.options import ProgressCallback, ProgressFactory
+from archscan.evaluation import require_classes, top_one
+from archscan.exporters import check_formats, export_pair
+from archscan.exporters.folder import example_of, open_pair
+from archscan.folders import write_whole
+from archscan.options import ProgressFactory, silent
 from archscan.processes import Place, joined
 from archscan.report.html import render_html
 from archscan.report.model import Accuracy, Report, Saved
-from archscan.report.training import Moment, TrainingRun
+from archscan.report.training import Moment, TrainingRun, told
 from archscan.saved import open_original, open_saved, read_result
 from archscan.sources import Subject
 from archscan.training.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
@@ -50,6 +52,7 @@ class Request:
         resume: Go on with the unfinished run that lies beside the output.
         overwrite: Replace a result that is there, and without `resume` an unfinished run too.
         device: Kind of device.
+        exports: Formats to write besides: ``onnx``, ``pt2``, ``script``.
         command_line: As typed.
     """
 
@@ -62,17 +65,12 @@ class Request:
     resume: bool = False
     overwrite: bool = False
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    exports: tuple[str, ...] = ()
     command_line: str = ""
 
 
 RESUME = "go on from the last epoch with --resume"
 """What to do when a process of the run is lost."""
-
-
-@contextmanager
-def silent(_: str) -> Iterator[ProgressCallback]:
-    """Show no progress."""
-    yield lambda _done, _total: None
 
 
 def finetune_folder(
@@ -86,6 +84,8 @@ def finetune_folder(
     with joined(request.device, RESUME) as place:
         target = (request.output or Path(f"{request.folder}-finetuned")).expanduser()
         saving.check_target(target, overwrite=request.overwrite)
+        if request.exports:
+            check_formats(request.exports)
         work = _Work(target.resolve())
         start = work.start(request)
         place.wait()  # nobody writes before all have looked
@@ -97,12 +97,16 @@ def finetune_folder(
         images, evaluation = _images(request, subject, place, progress)
         job = Job(subject.model, images, request.settings, teacher, evaluation, place)
         trained = run(job, resume_from=start, save=work.save, watch=watch)
-        history = replace(trained.history, command_line=request.command_line)
+        kept = None if report.keep_ratio is None else report.keep_ratio.macs
+        history = replace(trained.history, command_line=request.command_line, macs_kept=kept)
         if place.is_first:
             report = _report(request, report, history, evaluation, images, progress, place.device)
             page = render_html(report)
             saving.save(target, trained.model, steps, recipe, report.to_json(), page, overwrite=request.overwrite)
             work.finish()
+            if request.exports:
+                pair, example = open_pair(target, None), example_of(report)
+                report = export_pair(target, pair, example, request.exports, progress=progress)
         place.wait()
     return Saved(report, target), replace(trained, history=history)
 
@@ -132,12 +136,10 @@ class _Work:
         """Write the checkpoint, and the log as far as it tells of it."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_checkpoint(self.folder / CHECKPOINT, checkpoint)
-            partial = self.folder / f".{LOG}.partial"
-            partial.write_text("".join(f"{json.dumps(row)}\n" for row in checkpoint.state["history"]), encoding="utf-8")
-            partial.replace(self.folder / LOG)
         except OSError as error:
             raise BadInput(f"{self.folder} cannot be written: {error.strerror or error}") from error
+        write_checkpoint(self.folder / CHECKPOINT, checkpoint)
+        write_whole(self.folder / LOG, "".join(f"{json.dumps(row)}\n" for row in checkpoint.state["history"]))
 
     def finish(self) -> None:
         """Remove the checkpoint; the log stays."""
@@ -159,10 +161,7 @@ def _images(
     if evaluation is not None:
         named[f"--eval-data {request.eval_data}"] = evaluation.classes
     for source, classes in named.items():
-        if len(classes) != subject.num_classes:
-            raise BadInput(
-                f"{source} has {len(classes)} classes and the network {subject.num_classes}; pass images of its classes"
-            )
+        require_classes(classes, subject.num_classes, source, "it cannot learn them; pass images of its classes")
     return images, evaluation
 
 
@@ -179,12 +178,7 @@ def _report(
     accuracy, after = None, history.epochs[-1].eval_accuracy
     if evaluation is not None and after is not None:
         accuracy = Accuracy(_dense_accuracy(request.folder, evaluation, progress, device), after, len(evaluation))
-    with_teacher = "" if history.teacher.startswith("none") else f", taught by {history.teacher}"
-    count = len(history.epochs)
-    note = f"Fine-tuned for {count} epoch{'s' * (count > 1)} on {history.images:,} images{with_teacher}."
-    notes = [*report.notes, note]
-    if history.teacher.startswith("none, "):
-        notes.append(f"There was no teacher{history.teacher.removeprefix('none')}.")
+    notes = [*report.notes, *told(history)]
     if images.damaged:
         notes.append(f"{len(images.damaged)} training images could not be read and were replaced by the next ones.")
     return replace(report, accuracy=accuracy, exports=(), notes=tuple(notes), history=(*report.history, history))

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import transforms
 
-from archscan.data import _UNREADABLE, ImageSet, calibration_images, training_images
+from archscan.data import UNREADABLE, ImageSet, calibration_images, training_images
 from archscan.errors import BadInput
 from archscan.options import ProgressCallback
 from archscan.processes import Place
@@ -129,7 +129,7 @@ class _Augmented(Dataset[tuple[Tensor, int, int]]):
             index = (first + place) % len(self.labels)
             try:
                 image = self.read(index)
-            except _UNREADABLE:
+            except UNREADABLE:
                 damaged = index
                 continue
             with seeded_everywhere(self.seed, epoch, first):
@@ -182,6 +182,38 @@ class AugmentedImages:
         for images, labels, damaged in self.loader:
             self.damaged.update(damaged[damaged >= 0].tolist())
             yield images, labels
+
+
+@dataclass(frozen=True, eq=False)
+class LaterEpochs:
+    """The epochs of some images from a later one on, for a training that continues another.
+
+    Attributes:
+        images: The images.
+        first: Number of the epoch that is this one's 0.
+    """
+
+    images: Epochs
+    first: int
+
+    @property
+    def samples(self) -> int:
+        """How many images there are."""
+        return self.images.samples
+
+    @property
+    def batch_size(self) -> int:
+        """Images per step, over all processes."""
+        return self.images.batch_size
+
+    @property
+    def side_pixels(self) -> int:
+        """Longer side of an image."""
+        return self.images.side_pixels
+
+    def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield this process's part of every batch."""
+        return self.images.epoch(self.first + number)
 
 
 def open_epochs(

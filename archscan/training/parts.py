@@ -5,8 +5,6 @@ must know before they share gradients, is seen by running a copy of it once.
 """
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from timm.optim import create_optimizer_v2
@@ -69,14 +67,6 @@ def check_labels(labels: Tensor, logits: Tensor, taught: Tensor | None) -> None:
         )
     if taught is not None and taught.shape != logits.shape:
         raise BadInput(f"the teacher has {taught.shape[-1]} classes and the network {logits.shape[1]}; choose another")
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put a network that is in train mode into eval mode for a while."""
-    model.eval()
-    yield
-    model.train()
 
 
 def moved(model: nn.Module, device: torch.device, layout: torch.memory_format) -> nn.Module:

@@ -20,21 +20,24 @@ from timm.utils import ModelEmaV3, accuracy, distribute_bn
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from archscan.capture import train_mode
 from archscan.data import ImageSet
 from archscan.errors import BadInput
 from archscan.evaluation import top_one
 from archscan.losses import logits_of
 from archscan.processes import Place
 from archscan.report.training import EpochRow, Moment, TrainingRun
-from archscan.training.checkpoints import Checkpoint, copy_into, named_tensors, pack_optimizer, unpack_optimizer
+from archscan.saving import distinct_tensors
+from archscan.training.checkpoints import Checkpoint, copy_into, pack_optimizer, unpack_optimizer
 from archscan.training.distillation import Teacher, distillation_loss
 from archscan.training.images import Epochs, seeded_everywhere
-from archscan.training.parts import Meters, amp_dtype, check_labels, eval_mode, make_optimizer, moved, parallel
+from archscan.training.parts import Meters, amp_dtype, check_labels, make_optimizer, moved, parallel
 from archscan.training.settings import Hyperparameters, TrainSettings, choose
 
 _LEAST_LR_SHARE = 0.01
 _EMA_DECAY = 0.9998
 _SECONDS_BETWEEN_MOMENTS = 0.25
+_STEPS_BETWEEN_CHECKS = 50
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,9 +155,9 @@ class _Trainer:
 
     def checkpoint(self) -> Checkpoint:
         """Take down all that the epochs hand on."""
-        tensors = {f"model.{name}": tensor for name, tensor in named_tensors(self.model).items()}
+        tensors = {f"model.{name}": tensor for name, tensor in distinct_tensors(self.model).items()}
         if self.ema is not None:
-            tensors |= {f"ema.{name}": tensor for name, tensor in named_tensors(self.ema.module).items()}
+            tensors |= {f"ema.{name}": tensor for name, tensor in distinct_tensors(self.ema.module).items()}
         moments, optimizer = pack_optimizer(self.optimizer)
         tensors |= {f"optimizer.{name}": tensor for name, tensor in moments.items()}
         state = {
@@ -272,9 +275,10 @@ class _Trainer:
             self.schedule.step_update(epoch * self.hyper.steps + step + 1)
             if self.ema is not None:
                 self.ema.update(self.model, step=epoch * self.hyper.steps + step + 1)
+            if (step + 1) % _STEPS_BETWEEN_CHECKS == 0:
+                self._require_finite(meters.totals(self.place)[0], epoch)  # in all processes, or in none
             if time.perf_counter() - told >= _SECONDS_BETWEEN_MOMENTS:
                 told = time.perf_counter()
-                self._require_finite(float(meters.loss.avg), epoch)
                 self._tell(epoch, step + 1, meters, start)
         return meters
 
@@ -300,7 +304,7 @@ class _Trainer:
 
     def _mixup(self, images: Tensor) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
         settings = self.job.settings
-        with torch.no_grad(), eval_mode(self.model):
+        with torch.no_grad(), train_mode(self.model, False):
             classes = logits_of(self.model(images[:1])).shape[1]
         mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = Mixup(
             settings.mixup, settings.cutmix, label_smoothing=settings.smoothing, num_classes=classes
