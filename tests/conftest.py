@@ -13,6 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # one thread for each of several processes, and for those that they start
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+
 ROOT = Path(__file__).parent.parent
 LENET_EPOCHS = 6
 

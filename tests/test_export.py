@@ -224,7 +224,7 @@ def step(data: dict[str, Any]) -> dict[str, Any]:
 
 EDITS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "no table": lambda data: [],
-    "other format": lambda data: data.update(format=2),
+    "other format": lambda data: data.update(format=3),
     "huge format": lambda data: data.update(format=10**300),
     "format is text": lambda data: data.update(format="1"),
     "format is true": lambda data: data.update(format=True),

@@ -347,12 +347,6 @@ REFUSED = {
         InfeasibleBudget,
         "reachable: 1.000 to 1.000",
     ),
-    "weight_norm over inputs": (
-        lambda: with_layers(nn.utils.weight_norm, (3,), dim=1),
-        IMAGES,
-        UnsupportedOp,
-        "at 3; leave that layer out",
-    ),
     "another dtype than the input's": (lambda: chain().bfloat16(), IMAGES, BadInput, "cannot take an input of shape"),
     "two dtypes that do not meet": (half_double, IMAGES, BadInput, "several dtypes"),
     "a sparse input": (chain, IMAGES.to_sparse(), BadInput, "holds a sparse tensor; pass dense ones"),

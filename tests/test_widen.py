@@ -281,13 +281,14 @@ def only(*names, **more):
 
 def test_bottlenecks_of_a_slimming_are_what_gets_wider():
     torch.manual_seed(0)
-    norms = [nn.BatchNorm2d(width) for width in (16, 8, 16)]
-    convs = [nn.Conv2d(*widths, 3, padding=1) for widths in pairwise((3, 16, 8, 16))]
+    norms = [nn.BatchNorm2d(width) for width in (16, 8, 16, 16)]
+    convs = [nn.Conv2d(*widths, 3, padding=1) for widths in pairwise((3, 16, 8, 16, 16))]
     layers = [layer for conv, norm in zip(convs, norms, strict=True) for layer in (conv, norm, nn.ReLU())]
     model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5)).eval()
-    with torch.no_grad():  # most of what the wide layers hold is next to nothing
-        for norm in (norms[0], norms[2]):
+    with torch.no_grad():  # most of what the wide layers hold is next to nothing, and the narrow one is never silent
+        for norm in (norms[0], *norms[2:]):
             norm.weight[4:] = 1e-3
+        norms[1].bias.fill_(2.0)
     slim = archscan.slim(model, INPUT, target_flops=0.5, data=labelled())
     seen = [bottleneck["group"] for bottleneck in slim.summary["bottlenecks"]]
     wide = widen(model, INPUT, data=labelled())
