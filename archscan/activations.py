@@ -22,7 +22,6 @@ import torch
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from archscan.capture import ContractionMode, train_mode
 from archscan.errors import BadInput
@@ -31,7 +30,7 @@ from archscan.groups import Consumer, Coupling
 from archscan.losses import Batch, LossFn, SampledLabelLoss
 from archscan.probes import device_and_dtype
 from archscan.processes import Place
-from archscan.sharding import ALONE, Turn, gather, sample_count, turns
+from archscan.sharding import ALONE, Turn, gather, on_device, sample_count, turns
 
 POSITIONS = 16
 """Positions of each image that covariances and projections look at."""
@@ -223,7 +222,7 @@ def observe(
     total = len(batches) if isinstance(batches, Sized) else 0
 
     def look(turn: Turn) -> int:
-        batch = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, turn.batch)
+        batch = on_device(turn.batch, device)
         observer.first_sample, observer.samples = turn.first_sample, sample_count(batch)
         if isinstance(loss_fn, SampledLabelLoss):
             loss_fn.seek(turn.first_sample)

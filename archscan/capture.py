@@ -159,16 +159,17 @@ class _Recorder(TorchDispatchMode):
 
 
 @contextmanager
-def _module_paths(model: nn.Module) -> Iterator[list[str]]:
-    """Yield a stack whose top is the path of the module whose forward is running."""
+def module_paths(model: nn.Module, left: Callable[[str], None] = lambda _path: None) -> Iterator[list[str]]:
+    """Yield a stack whose top is the path of the module that runs; `left` is told each as it stops being the top."""
     names = {id(module): name for name, module in reversed(list(model.named_modules(remove_duplicate=False)))}
     stack = [""]
 
     def enter(module: nn.Module, _args: Any) -> None:
+        left(stack[-1])
         stack.append(names.get(id(module), stack[-1]))
 
     def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
-        stack.pop()
+        left(stack.pop())
 
     handles = [
         nn.modules.module.register_module_forward_pre_hook(enter),
@@ -211,7 +212,7 @@ def _record(
     alive: Sequence[Tensor],
 ) -> Graph:
     contractions = ContractionMode()
-    with train_mode(model, training), _module_paths(model) as paths, torch.no_grad(), contractions:
+    with train_mode(model, training), module_paths(model) as paths, torch.no_grad(), contractions:
         recorder = _Recorder(contractions, named, paths)
         recorder.alive.extend(alive)
         with recorder:

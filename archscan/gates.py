@@ -31,7 +31,7 @@ from archscan.layer_statistics import LayerMoments, LayerWatch
 from archscan.losses import Batch, LossFn, SampledLabelLoss, classification_loss, drawn_label_loss, logits_of
 from archscan.probes import Gates, device_and_dtype, hessian_diagonal, only_gates_differentiable
 from archscan.processes import Place
-from archscan.sharding import ALONE, Turn, gather, sample_count, turns
+from archscan.sharding import ALONE, Turn, gather, on_device, sample_count, turns
 from archscan.sharpness import POWER_STEPS, groupwise_product, sharpness
 from archscan.weight_statistics import weight_statistics
 
@@ -153,7 +153,7 @@ class _Source:
         total = len(self.batches) if isinstance(self.batches, Sized) else 0
 
         def found_in(turn: Turn) -> _Found:
-            batch = _moved(turn.batch, self.gates.device)
+            batch = on_device(turn.batch, self.gates.device)
             result = found(_Run(self.model, self.gates, self.loss_fn, batch, turn, self.seed))
             if self.progress is not None:
                 self.progress(number_of_pass * total + turn.number, passes * total)
@@ -331,10 +331,6 @@ def _sharpness(source: _Source, group_U: np.ndarray, norm_U: np.ndarray) -> np.n
         return sum((rows_U for _, rows_U in found), np.zeros(len(vector_U))) / sum(samples for samples, _ in found)
 
     return sharpness(product, group_U, norm_U)
-
-
-def _moved(batch: Batch, device: torch.device) -> Batch:
-    return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, batch)
 
 
 def _require_loss(run: _Run, loss: Tensor, *, backward: bool) -> None:

@@ -11,11 +11,13 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from archscan import saving
 from archscan.data import ImageSet
 from archscan.errors import BadInput
-from archscan.options import DataOptions, ModelOptions, RunOptions
-from archscan.saved import open_saved
+from archscan.options import DataOptions, ModelOptions, ProgressFactory, RunOptions, SlimOptions, WidenOptions
+from archscan.saved import is_saved, open_saved
 from archscan.sources import Subject, open_subject
+from archscan.stages import Stopwatch
 
 SYNTHETIC = "synthetic"
 """The source of images that is noise."""
@@ -73,6 +75,17 @@ def use_machine(options: RunOptions) -> torch.device:
         raise BadInput("there is no CUDA device that this PyTorch can use; pass --device cpu")
     use_cuda = options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available())
     return torch.device("cuda" if use_cuda else "cpu")
+
+
+def open_timed(
+    options: SlimOptions | WidenOptions, watch: Stopwatch, progress: ProgressFactory
+) -> tuple[Subject, tuple[saving.Step, ...]]:
+    """Open the network to make another one of, and read how it had come about where it is a saved result."""
+    name = options.model.name
+    with watch.stage("open"), progress(f"Opening {name}") as step:
+        step(0, 0)
+        subject = open_model(options.model, options.data, options.run.seed)
+        return subject, saving.read_history(name) if is_saved(name) else ()
 
 
 def open_model(model: ModelOptions, data: DataOptions | None = None, seed: int = 0) -> Subject:

@@ -5,19 +5,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from torch import nn
-
 from archscan import saving
 from archscan.audit import Choice, choose_criterion
+from archscan.closing import Origin, conclude, write_result
 from archscan.criteria import criterion
-from archscan.data import ImageSet, calibration_images, evaluation_images
+from archscan.data import calibration_images, evaluation_images
 from archscan.errors import BadInput
 from archscan.evaluation import require_classes, top_one
-from archscan.exporters import Pair, check_formats, export_pair
+from archscan.exporters import check_formats
 from archscan.heldout import LEAST_SAMPLES
 from archscan.latency import LatencySetup
 from archscan.losses import classification_loss, sampled_label_loss
-from archscan.opening import SYNTHETIC, Batches, open_model, refusing_bad_files, use_machine
+from archscan.opening import SYNTHETIC, Batches, open_model, open_timed, refusing_bad_files, use_machine
 from archscan.options import (
     DEFAULT_CRITERION,
     REAL_SAMPLES,
@@ -27,16 +26,15 @@ from archscan.options import (
     ScanOptions,
     SlimOptions,
     TargetKind,
-    WidenOptions,
     default_criterion,
 )
-from archscan.planner import Budget, Plan
+from archscan.planner import Budget
 from archscan.processes import Place, joined
 from archscan.recipes import split_file_name
-from archscan.remarks import Images, data_of, notes_of, warnings_of, weights_of
+from archscan.remarks import Images, notes_of, warnings_of
 from archscan.report import model as numbers
 from archscan.report.model import Evaluation, Report, Saved
-from archscan.results import Context, SlimResult, SlimSettings, report_of, report_of_scan, save_result
+from archscan.results import Context, SlimResult, SlimSettings, report_of_scan
 from archscan.retraining import Finetuning, asked_for, check_asked
 from archscan.saved import is_saved, open_original, open_saved, read_result
 from archscan.slimming import Stopwatch, analyse, has_batchnorm, reads_images, slim_each
@@ -93,43 +91,26 @@ def slim_and_save(
     for options in each:
         _check_options(options)
     ready, folders = _ready(each[0], folders_of, place, progress)
-    subject, before = ready.subject, None
+    before = None
     for asked, folder, result in zip(each, folders, _slim(ready, each, place, progress), strict=True):
-        plan, watch = with_source(result, subject, ready.images, asked), Stopwatch(ready.seconds)
-        result = replace(result, plan=plan, history=ready.history)
-        accuracy = accuracies(subject.model, result.model, ready.images.evaluation, watch, progress, before)
-        before = None if accuracy is None else accuracy.before
-        context = Context(
-            model=subject.name,
-            input_shape=tuple(subject.example_input.shape[1:]),
-            weights=weights_of(subject.weights),
-            data=data_of(ready.images),
-            accuracy=accuracy,
-            warnings=tuple(warnings_of(subject.weights, ready.images)),
-            notes=ready.notes,
-            device=place.device.type,
-            command_line=asked.command_line,
-        )
-        result = replace(result, model=result.model.cpu(), seconds={**watch.seconds, **result.seconds})
-        report = report_of(result, context)
+        result, report = conclude(result, ready.origin, asked, Stopwatch(ready.seconds), progress, before)
+        before = None if report.accuracy is None else report.accuracy.before
+        saved = Saved(report, folder.expanduser())
         place.share(None)  # nobody writes before all have come this far
         if place.is_first:
-            report = write_result(asked, subject, result, report, folder, progress)
-            subject.model.to(place.device)
+            saved = write_result(result, report, ready.origin, asked, folder, progress)
+            ready.origin.subject.model.to(place.device)
         place.share(None)
-        yield Saved(report, folder.expanduser())
+        yield saved
 
 
 @dataclass(frozen=True, eq=False)
 class _Ready:
     """What a slimming starts from: a network on its device, images, and all that was left open decided."""
 
-    subject: Subject
-    history: tuple[saving.Step, ...]
-    images: Images
+    origin: Origin
     criterion: str | None
     recover: Recovery
-    notes: tuple[str, ...]
     seconds: Mapping[str, float]
     finetuning: Finetuning | None
 
@@ -138,10 +119,7 @@ def _ready(
     options: SlimOptions, folders_of: Callable[[Subject], Sequence[Path]], place: Place, progress: ProgressFactory
 ) -> tuple[_Ready, Sequence[Path]]:
     watch = Stopwatch()
-    with watch.stage("open"), progress(f"Opening {options.model.name}") as step:
-        step(0, 0)
-        subject = open_model(options.model, options.data, options.run.seed)
-        history = saving.read_history(options.model.name) if is_saved(options.model.name) else ()
+    subject, history = open_timed(options, watch, progress)
     folders = folders_of(subject)
     for folder in folders:
         saving.check_target(folder, overwrite=options.output.overwrite)
@@ -159,27 +137,9 @@ def _ready(
         notes.append(choice.sentence())
     with watch.stage("data"):
         finetuning = asked_for(options, subject, images.evaluation, place, progress)
-    return _Ready(subject, history, images, named, recover, tuple(notes), watch.seconds, finetuning), folders
-
-
-def write_result(
-    options: SlimOptions | WidenOptions,
-    subject: Subject,
-    result: SlimResult,
-    report: Report,
-    folder: Path,
-    progress: ProgressFactory,
-) -> Report:
-    """Save a result, and export it in the formats that were asked for; return the report with these in it.
-
-    Raises:
-        ArchscanError: The disk refuses, or the network cannot be exported; the result is saved in the second case.
-    """
-    save_result(result, report, folder, overwrite=options.output.overwrite)
-    if options.exports:
-        pair = Pair(subject.model.cpu(), result.model, report)
-        report = export_pair(folder.expanduser(), pair, subject.example_input, options.exports, progress=progress)
-    return report
+    warnings = tuple(warnings_of(subject.weights, images))
+    origin = Origin(subject, history, images, place.device, warnings, tuple(notes))
+    return _Ready(origin, named, recover, watch.seconds, finetuning), folders
 
 
 def _check_options(options: SlimOptions) -> None:
@@ -273,16 +233,16 @@ def read_images(options: SlimOptions, subject: Subject, recover: Recovery, progr
 
 
 def _slim(ready: _Ready, each: Sequence[SlimOptions], place: Place, progress: ProgressFactory) -> Iterator[SlimResult]:
-    options, subject, calibration = each[0], ready.subject, ready.images.calibration
+    options, subject, images = each[0], ready.origin.subject, ready.origin.images
     budget, seed = options.budget, options.run.seed
-    drawn = calibration is not None and not ready.images.labels_fit
+    drawn = images.calibration is not None and not images.labels_fit
     latency = None if options.latency_batch is None else LatencySetup(options.latency_batch)
     rule = WidthRule(budget.round_to, budget.min_width)
     return slim_each(
         subject.model,
         subject.example_input,
         [_budget(asked) for asked in each],
-        data=None if calibration is None else Batches(calibration),
+        data=None if images.calibration is None else Batches(images.calibration),
         criterion=ready.criterion,
         loss_fn=sampled_label_loss(seed) if drawn else None,
         settings=SlimSettings(rule, budget.protect, ready.recover, seed, options.rounds, options.set_effects, latency),
@@ -296,38 +256,6 @@ def _slim(ready: _Ready, each: Sequence[SlimOptions], place: Place, progress: Pr
 def _budget(options: SlimOptions) -> Budget:
     first, *further = (Budget(kind, ratio) for kind, ratio in _targets(options))
     return replace(first, also=tuple(further))
-
-
-def with_source(result: SlimResult, subject: Subject, images: Images, options: SlimOptions) -> Plan:
-    """Add to a plan what makes its folder open again by itself."""
-    provenance = {
-        **result.plan.provenance,
-        "data": None if images.calibration is None else options.data.source,
-        "samples": 0 if images.calibration is None else len(images.calibration),
-        "weights": subject.weights.to_json(),
-        "preprocessing": subject.preprocessing.to_json(),
-    }
-    return replace(result.plan, provenance=provenance)
-
-
-def accuracies(
-    dense: nn.Module,
-    slim_model: nn.Module,
-    images: ImageSet | None,
-    watch: Stopwatch,
-    progress: ProgressFactory,
-    before: float | None = None,
-) -> numbers.Accuracy | None:
-    """Measure the original, unless it was before, and the new network on the same images; None where there are none."""
-    if images is None:
-        return None
-    with watch.stage("evaluate"):
-        if before is None:
-            with progress("Evaluating the original") as step:
-                before = top_one(dense, Batches(images), step).accuracy
-        with progress("Evaluating the slim network") as step:
-            after = top_one(slim_model, Batches(images), step)
-    return numbers.Accuracy(before, after.accuracy, after.samples)
 
 
 # --- the other commands ---------------------------------------------------------------------------------------------

@@ -37,7 +37,8 @@ from archscan.budgets import (
 from archscan.costs import BudgetKind, CostModel
 from archscan.errors import BadInput
 from archscan.groups import ChannelGroup
-from archscan.search import Problem, State, search, uniform
+from archscan.knapsack import Problem, State
+from archscan.search import search, uniform
 from archscan.set_effects import SetEffects, refine, removed_units
 from archscan.widths import Choices, WidthRule, best_steps, choices
 

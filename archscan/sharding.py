@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_map
 
 from archscan.errors import BadInput
 from archscan.processes import Place
@@ -92,8 +92,12 @@ def gather(found: Callable[[Turn], _Found], own: Iterable[Turn], place: Place) -
     return [done[step] for step in range(len(shares[0][0])) for done, _ in shares if step < len(done)]
 
 
-def sample_count(batch: Any) -> int:
+def sample_count(batch: Any, kind: str = "calibration") -> int:
     """Count samples: the leading size of the batch's first tensor.
+
+    Args:
+        batch: Tensors in tuples and dicts.
+        kind: What a refusal calls the batch.
 
     Raises:
         BadInput: It has none.
@@ -101,6 +105,9 @@ def sample_count(batch: Any) -> int:
     for leaf in tree_flatten(batch)[0]:
         if isinstance(leaf, Tensor) and leaf.ndim and len(leaf):
             return len(leaf)
-    raise BadInput(
-        "a calibration batch holds no tensor with samples on its leading axis; pass tuples or dicts of tensors"
-    )
+    raise BadInput(f"a {kind} batch holds no tensor with samples on its leading axis; pass tuples or dicts of tensors")
+
+
+def on_device(batch: Any, device: torch.device) -> Any:
+    """Move the tensors of a batch, or of an example input."""
+    return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, batch)

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_map
 
 from archscan import __version__
 from archscan.budgets import NOUNS
@@ -35,7 +34,7 @@ from archscan.replan import priced
 from archscan.results import Analysis, SlimResult, SlimSettings
 from archscan.retraining import Finetuning, notes_of_training, opened
 from archscan.rounds import Round
-from archscan.sharding import ALONE
+from archscan.sharding import ALONE, on_device
 from archscan.stages import (
     QUADRATIC,
     Calibration,
@@ -204,7 +203,7 @@ def _jobs(
     if settings.set_effects == "quadratic" and names[0] not in QUADRATIC:
         raise BadInput(f"criterion {names[0]!r} has no set effects; choose {', '.join(QUADRATIC)}, or 'additive'")
     device, watch = checked_device(model), Stopwatch()
-    example_input = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, example_input)
+    example_input = on_device(example_input, device)
     measured = [(budget, _measuring(settings, budget, device, place)) for budget in budgets]
     return [Job(model, example_input, budget, names, how, watch, progress, place) for budget, how in measured]
 

@@ -12,7 +12,8 @@ import numpy as np
 
 from archscan.costs import CostKind, CostModel
 from archscan.groups import ChannelGroup
-from archscan.search import Problem, State, descend, uniform
+from archscan.knapsack import Problem, State
+from archscan.search import descend, uniform
 from archscan.widths import WidthRule, choices
 
 PRICES = 24

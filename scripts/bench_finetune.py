@@ -19,6 +19,7 @@ from typing import Any
 
 from benchmarking import (
     Cache,
+    add_training,
     counted_macs,
     names,
     numbers,
@@ -166,10 +167,7 @@ def options_of() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=None, help="default: archscan finetune's")
     parser.add_argument("--scratch-lr", type=float, default=0.1)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--amp", action="store_true")
-    parser.add_argument("--workers", type=int, default=None)
-    parser.add_argument("--resume", action="store_true", help="take what was measured from the cache")
+    add_training(parser)
     return parser.parse_args()
 
 

@@ -55,6 +55,17 @@ def parser_on_cifar(description: str | None, output: str) -> argparse.ArgumentPa
     return parser
 
 
+def add_training(parser: argparse.ArgumentParser) -> None:
+    """Add where and how networks are trained, and whether to go on."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=device)
+    parser.add_argument("--amp", action="store_true")
+    parser.add_argument("--workers", type=int, default=None)
+    parser.add_argument("--resume", action="store_true", help="take what was measured from the cache")
+
+
 def open_cifar(folder: Path, network: str) -> "Subject":
     """Open a CIFAR ResNet with its trained weights, such as ``resnet20_cifar``."""
     from archscan.sources import open_subject
@@ -125,6 +136,10 @@ def restart_with_quiet_memory(threads: int) -> None:
 
 def provenance(threads: int) -> dict[str, Any]:
     """Describe command, versions and machine in JSON values."""
+    import torch
+
+    from archscan.latency.timing import device_name
+
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -135,7 +150,12 @@ def provenance(threads: int) -> dict[str, Any]:
     return {
         "command": shlex.join(["python", _relative(script), *map(_relative, arguments)]),
         "versions": versions,
-        "machine": {"cpu": _cpu_model(), "cores": os.cpu_count(), "threads": threads, "system": platform.system()},
+        "machine": {
+            "cpu": device_name(torch.device("cpu")),
+            "cores": os.cpu_count(),
+            "threads": threads,
+            "system": platform.system(),
+        },
         "environment": {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", *MALLOC)},
     }
 
@@ -146,15 +166,6 @@ def _relative(argument: str) -> str:
     if path.is_absolute() and path.is_relative_to(Path.cwd()):
         return path.relative_to(Path.cwd()).as_posix()
     return argument
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())
 
 
 def counted_macs(model: "nn.Module", example: "Tensor") -> int:

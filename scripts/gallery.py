@@ -5,8 +5,8 @@ share. The ResNet-56 is a trained one, scored and measured on CIFAR-10; it needs
 have random weights and are scored on noise, which their pages say: they show what the network looks like, not what a
 trained one could spare.
 
-The decision that is not obvious: a page of archscan is one file with Plotly's script in it, 1.9 MB each. In the gallery
-that script lies beside the pages, once: ``plotly.js`` puts it where a page has it otherwise.
+The decision that is not obvious: a page of archscan is one file with style, scripts and Plotly in it, 2 MB each. In the
+gallery these lie beside the pages, once: ``plotly.js`` puts Plotly's script where a page has it otherwise.
 
     python scripts/gallery.py                       # all networks
     python scripts/gallery.py resnet50 densenet121  # these; the index has the others that are there as well
@@ -25,7 +25,6 @@ from pathlib import Path
 import archscan  # noqa: F401 - before anything that imports torchvision
 
 from jinja2 import Environment  # isort: skip
-from markupsafe import Markup  # isort: skip
 
 from archscan.options import (  # isort: skip
     BudgetOptions,
@@ -37,13 +36,15 @@ from archscan.options import (  # isort: skip
     silent,
 )
 from archscan.pipeline import slim_command  # isort: skip
-from archscan.report import html, views  # isort: skip
+from archscan.report import views  # isort: skip
+from archscan.report.html import SCRIPTS, STYLES, render_html  # isort: skip
 from archscan.report.model import SUMMARY_FILE, Report, json_text, read_report  # isort: skip
+from archscan.report.page import joined, packed_plotly  # isort: skip
 
 from picture import picture  # isort: skip
 
 GALLERY, IMAGES = Path("reports/gallery"), Path("reports/images")
-PLOTLY = "plotly.js"
+PLOTLY, STYLE, SCRIPT = "plotly.js", "style.css", "script.js"
 RATIO = 0.6
 PICTURE_SCALE = 1.25
 """Pixels of a picture per pixel of the page: sharp enough, and small."""
@@ -77,10 +78,10 @@ INDEX = """<!doctype html>
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline' 'self' file:">
 <title>archscan · gallery</title>
+<link rel="stylesheet" href="{{ style }}">
 <style>
-{{ style }}
 thead td { border-bottom-width: 2px; }
 </style>
 </head>
@@ -152,12 +153,23 @@ def make(entry: Entry, gallery: Path, data: Path, options: SlimOptions) -> Repor
 
 
 def shared(page: str) -> str:
-    """Take Plotly's script out of a page, and let it come from the file beside the folders."""
-    packed, end = f'id="plotly">{html.packed_plotly()}</script>', "script-src 'unsafe-inline'"
-    if page.count(packed) != 1 or page.count(end) != 1:
-        raise ValueError("the page is not built as the gallery expects; see archscan/report/template.html.j2")
-    page = page.replace(packed, f'id="plotly"></script>\n<script src="../{PLOTLY}"></script>')
-    return page.replace(end, f"{end} 'self' file:")
+    """Take style, scripts and Plotly out of a page, and let them come from the files beside the folders."""
+    moved = {
+        f"<style>\n{joined(STYLES)}</style>": f'<link rel="stylesheet" href="../{STYLE}">',
+        f'id="plotly">{packed_plotly()}</script>': f'id="plotly"></script>\n<script src="../{PLOTLY}"></script>',
+        f"<script>\n{_script()}</script>": f'<script src="../{SCRIPT}"></script>',
+        "script-src 'unsafe-inline'": "script-src 'unsafe-inline' 'self' file:",
+        "style-src 'unsafe-inline'": "style-src 'unsafe-inline' 'self' file:",
+    }
+    for inline, beside in moved.items():
+        if page.count(inline) != 1:
+            raise ValueError("the page is not built as the gallery expects; see archscan/report/base.html.j2")
+        page = page.replace(inline, beside)
+    return page
+
+
+def _script() -> str:
+    return f'"use strict";\n{joined(SCRIPTS)}'
 
 
 def write_pages(gallery: Path) -> list[tuple[str, Report]]:
@@ -165,13 +177,13 @@ def write_pages(gallery: Path) -> list[tuple[str, Report]]:
     names = [entry.name for entry in ENTRIES if (gallery / entry.name / SUMMARY_FILE).is_file()]
     rows = [(name, read_report(gallery / name / SUMMARY_FILE)) for name in names]
     for name, report in rows:
-        (gallery / name / "report.html").write_text(shared(html.render_html(report)), encoding="utf-8")
-    fill = f'document.getElementById("plotly").textContent = "{html.packed_plotly()}";\n'
-    (gallery / PLOTLY).write_text(fill, encoding="utf-8")
+        (gallery / name / "report.html").write_text(shared(render_html(report)), encoding="utf-8")
+    fill = f'document.getElementById("plotly").textContent = "{packed_plotly()}";\n'
+    for name, text in ((PLOTLY, fill), (STYLE, joined(STYLES)), (SCRIPT, _script())):
+        (gallery / name).write_text(text, encoding="utf-8")
     environment = Environment(autoescape=True)
     environment.filters.update(percent=views.percent, si=views.si, plural=views.plural)
-    style = Markup((html.HERE / "report.css").read_text(encoding="utf-8"))
-    index = environment.from_string(INDEX).render(rows=rows, style=style, ratio=RATIO)
+    index = environment.from_string(INDEX).render(rows=rows, style=STYLE, ratio=RATIO)
     (gallery / "index.html").write_text(index, encoding="utf-8")
     return rows
 

@@ -23,6 +23,7 @@ import numpy as np
 from bench_finetune import untrained
 from benchmarking import (
     Cache,
+    add_training,
     counted_macs,
     names,
     numbers,
@@ -192,10 +193,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--find-at", type=float, default=0.5, help="kept MACs at which bottlenecks are looked for")
     parser.add_argument("--starts", type=names, default=["scratch", "grown"], help="how wider networks begin")
     parser.add_argument("--recover", choices=("none", "bn", "ls"), default="ls", help="repair after slimming")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--amp", action="store_true")
-    parser.add_argument("--workers", type=int, default=None)
-    parser.add_argument("--resume", action="store_true", help="take what was measured from the cache")
+    add_training(parser)
     return parser.parse_args()
 
 

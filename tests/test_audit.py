@@ -47,6 +47,7 @@ from archscan.reference_nets import cifar_resnet
 from archscan.report.audit import AuditReport, Images, Interval, OwnPlan, cell, json_text, verdict
 from archscan.report.audit_html import render_html
 from archscan.report.audit_terminal import render_audit
+from archscan.report.page import packed_plotly
 from archscan.report.terminal import console
 from tests import gate_nets
 from tests.masked import Kept, randomised, removed_units
@@ -545,6 +546,9 @@ def test_page_is_self_contained_and_escapes_names(report: AuditReport) -> None:
     assert not re.search(r"<(script|link|img)[^>]+(src|href)=", page)
     assert "connect-src" not in page
     assert "default-src 'none'" in page
+    own = page.replace(packed_plotly(), "")
+    assert len(page) - len(own) == len(packed_plotly())  # once, and in no other form
+    assert len(own) < 100_000
     for row in report.criteria:
         assert f"<code>{row.name}</code>" in page
         assert f"<td>{cell(row.units.pearson)}</td>" in page

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, TensorDataset
 
 import archscan
-from archscan import comparing, pipeline, stages
+from archscan import closing, comparing, stages
 from archscan.budgets import Budget
 from archscan.errors import BadInput, InfeasibleBudget
 from archscan.reference_nets import REFERENCE_NETS
@@ -23,9 +23,9 @@ from archscan.report.compare import Given, compare, front, json_text
 from archscan.report.compare_html import render_comparison_html
 from archscan.report.compare_terminal import render_comparison, render_comparison_verdict
 from archscan.report.compare_views import verdict
-from archscan.report.html import packed_plotly
 from archscan.report.model import Accuracy, Environment, KeepRatio, Latency, SaliencyLost, Target
 from archscan.report.model import json_text as summary_text
+from archscan.report.page import packed_plotly
 from archscan.report.terminal import console, show
 from archscan.slimming import SlimSettings, slim, slim_each
 from tests.conftest import ROOT
@@ -284,7 +284,7 @@ def test_a_sweep_does_not_write_over_results_or_into_one(swept, typed):
 
 
 def test_an_interrupted_sweep_leaves_whole_folders_only(typed, tmp_path, monkeypatch):
-    saved = pipeline.save_result
+    saved = closing.save_result
     count = itertools.count(1)
 
     def save(*given, **named):
@@ -292,7 +292,7 @@ def test_an_interrupted_sweep_leaves_whole_folders_only(typed, tmp_path, monkeyp
             raise KeyboardInterrupt
         return saved(*given, **named)
 
-    monkeypatch.setattr(pipeline, "save_result", save)
+    monkeypatch.setattr(closing, "save_result", save)
     plain = [
         "sweep",
         "lenet5",

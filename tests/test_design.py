@@ -16,14 +16,15 @@ FLOW = (
     *("mac_table", "liveness", "costs", "latency"),
     *("losses", "weight_statistics", "layer_statistics", "sharpness", "probes", "sharding"),
     *("gate_statistics", "gates", "criteria"),
-    *("budgets", "widths", "search", "set_effects", "planner", "tradeoff"),
+    *("budgets", "widths", "knapsack", "search", "set_effects", "planner", "tradeoff"),
     *("ranges", "dead_units", "activations", "findings"),
     *("surgery", "divergence", "follow", "rebuild", "settle", "rounds"),
     *("recover", "rehearsal", "lockstep", "positions", "least_squares", "heldout", "reconstruct"),
     *("same_statistics", "verify", "fold", "recount", "recognise", "folders", "saving", "evaluation"),
     *("options", "report", "detailing", "module_costs", "results", "saved", "timm_entrypoint", "exporters", "training"),
     *("retraining", "replan", "pace", "stages", "diagnosis", "slimming"),
-    *("audit", "remarks", "opening", "pipeline", "auditing", "widening", "lossless", "comparing", "sweeping"),
+    *("audit", "remarks", "opening", "closing", "pipeline", "auditing", "widening", "lossless"),
+    *("comparing", "sweeping"),
     *("arguments", "commands", "cli", "__main__"),
 )
 """Files in the order in which data flow through them; each imports only from files before it."""

@@ -15,9 +15,10 @@ from archscan.capture import capture
 from archscan.costs import CostModel, Size, constant_sizes, cost_model
 from archscan.errors import BadInput, InfeasibleBudget
 from archscan.groups import ChannelGroup, Member
+from archscan.knapsack import Problem, State
 from archscan.planner import Budget, Plan, WidthRule, check_fits, plan, protect, uniform_plan
 from archscan.reference_nets import cifar_resnet
-from archscan.search import Problem, State, lagrangian, search, uniform
+from archscan.search import lagrangian, search, uniform
 from archscan.slimming import analyse
 from archscan.widths import allowed_steps, best_steps, choices
 

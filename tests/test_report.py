@@ -17,7 +17,7 @@ from archscan.errors import BadInput
 from archscan.findings import Bottleneck, GroupUse, capacity_bottlenecks, network_keep_ratio
 from archscan.report import views
 from archscan.report.branches import branch_rows
-from archscan.report.html import packed_plotly, render_html
+from archscan.report.html import render_html
 from archscan.report.model import (
     Accuracy,
     CostTotals,
@@ -35,6 +35,7 @@ from archscan.report.model import (
     json_text,
     read_report,
 )
+from archscan.report.page import packed_plotly
 from archscan.report.progress import progress_on
 from archscan.report.terminal import console, render, render_evaluation, render_verdict, show
 
@@ -210,8 +211,8 @@ def printed(renderable, width=80, **options):
 SCHEMA = {
     "groups": "name units kept frozen reason members macs_share params_share depth",
     "bottlenecks": "group keep_ratio network_keep_ratio macs_share sentence confidence",
-    "modules": "path macs params macs_after activation_bytes activation_bytes_after time_ms time_ms_after macs_per_byte "
-    "bound",
+    "modules": "path macs params macs_after activation_bytes activation_bytes_after time_ms time_ms_after "
+    "macs_per_byte bound",
     "weights": "kind source reason",
     "data": "kind images classes labels skipped",
     "target": "kind ratio",

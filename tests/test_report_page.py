@@ -9,7 +9,8 @@ from dataclasses import replace
 
 import pytest
 
-from archscan.report.html import packed_plotly, render_html
+from archscan.report.html import render_html
+from archscan.report.page import packed_plotly
 from tests.page_reports import alarming_report, dense_report, finding, scanned_report, slim_report
 
 CHROMIUM = shutil.which("chromium")

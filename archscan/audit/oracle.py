@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map
+from torch import nn
 
 from archscan.audit.ablations import Ablation
 from archscan.audit.replay import Replay
@@ -21,6 +20,7 @@ from archscan.capture import train_mode
 from archscan.errors import BadInput
 from archscan.groups import Coupling
 from archscan.losses import LossFn
+from archscan.sharding import on_device, sample_count
 
 Progress = Callable[[int, int], None]
 """Called with (forward passes done, passes in all; 0 where the number of batches is not known)."""
@@ -103,7 +103,7 @@ def measure(
         replay.installed(),
     ):
         for batch in batches:
-            run = _Run(model, _moved(batch, device), loss_fn, seed, len(sizes) + 1)
+            run = _Run(model, on_device(batch, device), loss_fn, seed, len(sizes) + 1)
             row = [replay.keep(run)]
             if not sizes:
                 _check_skipping(replay, run, ablations)
@@ -112,7 +112,7 @@ def measure(
                 if progress is not None:
                     progress(len(sizes) * len(ablations) + len(row) - 1, total)
             rows.append(row)
-            sizes.append(_sample_count(run.batch))
+            sizes.append(sample_count(run.batch, "held-out"))
     if not sizes:
         raise BadInput("there is no held-out batch; pass at least one")
     losses = np.array(rows).T
@@ -150,14 +150,3 @@ def _check_skipping(replay: Replay, run: _Run, ablations: Sequence[Ablation]) ->
         replay.skips = False
         full = replay.masked(ablation.units, run)
         replay.skips = abs(short - full) <= _TOLERANCE * max(1.0, abs(full))
-
-
-def _moved(batch: Any, device: torch.device) -> Any:
-    return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, batch)
-
-
-def _sample_count(batch: Any) -> int:
-    for leaf in tree_flatten(batch)[0]:
-        if isinstance(leaf, Tensor) and leaf.ndim and len(leaf):
-            return len(leaf)
-    raise BadInput("a held-out batch holds no tensor with samples on its leading axis; pass tuples or dicts of tensors")

@@ -8,7 +8,8 @@ target takes them first, and that is what the finding says to do.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -24,6 +25,9 @@ FAR_BELOW = 2.0
 
 MOST_REDUNDANT = 8
 """Groups that are named one by one, those that save most first."""
+
+_REPAIRED = " --criterion obc --recover ls"
+"""What lets the layers around make up for a channel that is not 0."""
 
 _STEPS = WidthRule(round_to=1, min_width=1)
 
@@ -151,39 +155,30 @@ def silent_findings(network: Network, silent_U: np.ndarray, images: int) -> Iter
         images: How many images were seen.
     """
     found = _removal(network, silent_U)
-    if found is None:
-        return
-    macs, _ = network.shares(found.saving)
-    finding = Finding(
-        rank=0,
-        kind="dead",
-        level="group",
-        where=found.groups,
-        seen=f"{_channels(found, 'was', 'were')} never active, on none of {images:,} images and at no position.",
-        why=f"They cost {100 * macs:.2f}% of the MACs and do nothing on images like these; others might wake them.",
-        remedy="Let a plan take them, which it does at no loss, since their saliency is 0.",
-        option=f"--target-flops {_ratio(1 - macs)} --round-to 1",
-    )
-    yield _with_saving(network, found, finding, images)
+    if found is not None:
+        yield _seen(
+            network,
+            found,
+            images,
+            seen=f"{_channels(found, 'was', 'were')} never active, on none of {images:,} images and at no position.",
+            why=" and do nothing on images like these; others might wake them.",
+            remedy="Let a plan take them, which it does at no loss, since their saliency is 0.",
+        )
 
 
 def constant_findings(network: Network, constant_U: np.ndarray, images: int) -> Iterator[Finding]:
     """Say which channels gave one value other than 0 throughout on the images; arguments as in `silent_findings`."""
     found = _removal(network, constant_U)
-    if found is None:
-        return
-    macs, _ = network.shares(found.saving)
-    finding = Finding(
-        rank=0,
-        kind="dead",
-        level="group",
-        where=found.groups,
-        seen=f"{_channels(found, 'was', 'were')} constant, but not 0, on all of {images:,} images.",
-        why=f"They cost {100 * macs:.2f}% of the MACs and tell no image from another; a bias could stand in for them.",
-        remedy="Protect no layer around them, and let repair move what they give into the biases of their readers.",
-        option=f"--target-flops {_ratio(1 - macs)} --round-to 1 --criterion obc --recover ls",
-    )
-    yield _with_saving(network, found, finding, images)
+    if found is not None:
+        yield _seen(
+            network,
+            found,
+            images,
+            seen=f"{_channels(found, 'was', 'were')} constant, but not 0, on all of {images:,} images.",
+            why=" and tell no image from another; a bias could stand in for them.",
+            remedy="Protect no layer around them, and let repair move what they give into the biases of their readers.",
+            further=_REPAIRED,
+        )
 
 
 def twin_findings(
@@ -201,37 +196,47 @@ def twin_findings(
         for members in sets:
             copies_U[list(members[1:])] = True
     found = _removal(network, copies_U)
-    if found is None:
-        return
-    macs, _ = network.shares(found.saving)
-    finding = Finding(
+    if found is not None:
+        yield _seen(
+            network,
+            found,
+            images,
+            kind="duplicate",
+            seen=f"{_channels(found, 'repeats', 'repeat')} another channel of the group, scaled and shifted, on all of "
+            f"{images:,} images.",
+            why=", and layers that read the other channel could do without them.",
+            remedy="Slim by a criterion that sees what other channels make up for; least squares moves the weights.",
+            further=_REPAIRED,
+        )
+
+
+def _seen(
+    network: Network,
+    found: _Removal,
+    images: int,
+    *,
+    kind: Literal["dead", "duplicate"] = "dead",
+    seen: str,
+    why: str,
+    remedy: str,
+    further: str = "",
+) -> Finding:
+    """Make a finding of what was seen on images; `why` goes on after what the channels cost."""
+    macs, params = network.shares(found.saving)
+    return Finding(
         rank=0,
-        kind="duplicate",
+        kind=kind,
         level="group",
         where=found.groups,
-        seen=f"{_channels(found, 'repeats', 'repeat')} another channel of the group, scaled and shifted, on all of "
-        f"{images:,} images.",
-        why=f"They cost {100 * macs:.2f}% of the MACs, and layers that read the other channel could do without them.",
-        remedy="Slim by a criterion that sees what other channels make up for; least squares moves the weights.",
-        option=f"--target-flops {_ratio(1 - macs)} --round-to 1 --criterion obc --recover ls",
-    )
-    yield _with_saving(network, found, finding, images)
-
-
-def _with_saving(network: Network, found: _Removal, finding: Finding, images: int) -> Finding:
-    """Complete a finding of what was seen on images."""
-    macs, params = network.shares(found.saving)
-    return replace(
-        finding,
+        seen=seen,
+        why=f"They cost {100 * macs:.2f}% of the MACs{why}",
+        remedy=remedy,
+        option=f"--target-flops {_ratio(1 - macs)} --round-to 1{further}",
         gain=f"{found.saving.macs:,} MACs and {found.saving.params:,} parameters, at no loss on images like these",
         confidence=max(0.0, 1 - 3 / images),  # not seen in N: 95% sure that it happens in less than 3 / N
         measured_on=f"{images:,} images",
         saving=found.saving,
-        numbers={
-            "channels": found.channels,
-            "macs_share_saved": macs,
-            "params_share_saved": params,
-        },
+        numbers={"channels": found.channels, "macs_share_saved": macs, "params_share_saved": params},
     )
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from archscan.capture import module_paths
 from archscan.latency.timing import WARM_UPS, LatencySetup, Step, device_of, ready, threads
 
 RUNS = 15
@@ -72,25 +73,9 @@ Mark = tuple[str, Any]
 @contextmanager
 def _marked(model: nn.Module, device: torch.device) -> Iterator[list[Mark]]:
     """Yield a list that fills with a mark at the begin and end of every forward; it begins and ends outside of all."""
-    names = {id(module): name for name, module in reversed(list(model.named_modules(remove_duplicate=False)))}
-    running, marks = [""], []
-
-    def enter(module: nn.Module, _args: Any) -> None:
-        marks.append((running[-1], _now(device)))
-        running.append(names.get(id(module), running[-1]))
-
-    def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
-        marks.append((running.pop(), _now(device)))
-
-    handles = [
-        nn.modules.module.register_module_forward_pre_hook(enter),
-        nn.modules.module.register_module_forward_hook(leave, always_call=True),
-    ]
-    try:
+    marks: list[Mark] = []
+    with module_paths(model, lambda path: marks.append((path, _now(device)))):
         yield marks
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _now(device: torch.device) -> Any:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -37,6 +37,16 @@ RESAMPLES = 2000
 
 _RUN_ERRORS = (RuntimeError, NotImplementedError, AssertionError, ValueError, TypeError, IndexError)
 """What a model that cannot take a batch may raise."""
+
+
+class How(TypedDict, total=False):
+    """The fields of `LatencySetup`, as keyword arguments."""
+
+    batch: int
+    threads: int | None
+    channels_last: bool
+    repeats: int | None
+    device: str | None
 
 
 @dataclass(frozen=True)
@@ -120,16 +130,7 @@ class Comparison:
         return asdict(self)
 
 
-def measure_latency(
-    model: nn.Module,
-    example_input: Any,
-    *,
-    batch: int = 1,
-    threads: int | None = None,
-    channels_last: bool = False,
-    repeats: int | None = None,
-    device: str | None = None,
-) -> Latency:
+def measure_latency(model: nn.Module, example_input: Any, **how: Unpack[How]) -> Latency:
     """Measure how long a forward pass takes; the model is left unchanged.
 
     >>> import archscan, torch
@@ -141,31 +142,17 @@ def measure_latency(
     Args:
         model: Any network.
         example_input: A tensor, a tuple of positional arguments, or a dict of keyword arguments.
-        batch: Images per forward pass.
-        threads: CPU threads; None leaves torch's own number.
-        channels_last: Whether to put weights and images into memory with their channels last.
-        repeats: Runs that are measured; None for as many as fit into some seconds.
-        device: ``cpu`` or ``cuda``; None for where the model is.
+        how: Fields of `LatencySetup`, which has a default for each.
 
     Raises:
         BadInput: An argument makes no sense, or the model cannot take such a batch.
     """
-    return measure(model, example_input, LatencySetup(batch, threads, channels_last, repeats, device))
+    return measure(model, example_input, LatencySetup(**how))
 
 
-def compare_latency(
-    before: nn.Module,
-    after: nn.Module,
-    example_input: Any,
-    *,
-    batch: int = 1,
-    threads: int | None = None,
-    channels_last: bool = False,
-    repeats: int | None = None,
-    device: str | None = None,
-) -> Comparison:
+def compare_latency(before: nn.Module, after: nn.Module, example_input: Any, **how: Unpack[How]) -> Comparison:
     """Measure two networks in turns; arguments and refusals as for `measure_latency`."""
-    return compare(before, after, example_input, LatencySetup(batch, threads, channels_last, repeats, device))
+    return compare(before, after, example_input, LatencySetup(**how))
 
 
 def measure(model: nn.Module, example_input: Any, setup: LatencySetup, step: Step | None = None) -> Latency:

@@ -31,6 +31,7 @@ from archscan.replan import Fitted, Wish, plan_and_rebuild
 from archscan.report.model import Lossless
 from archscan.results import Analysis, SlimResult, SlimSettings, group_rows
 from archscan.rounds import gone_units
+from archscan.sharding import on_device
 from archscan.slimming import analyse, checked_device
 from archscan.stages import Job, Stopwatch, prove_fitted, telling_input
 from archscan.verify import TOLERANCE, Verification, output_tensors, verify
@@ -71,7 +72,7 @@ def remove_dead(
     settings = settings or SlimSettings(WidthRule(round_to=1))
     _check(settings)
     device = checked_device(model)
-    example_input = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, example_input)
+    example_input = on_device(example_input, device)
     job = Job(model, example_input, ALL, (), settings, Stopwatch(), progress)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(settings.seed)

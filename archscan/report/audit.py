@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from archscan.report.model import Environment, Weights, installed_version
+from archscan.report.views import listed
 
 
 @dataclass(frozen=True)
@@ -231,7 +232,7 @@ def verdict(report: AuditReport) -> str:
     elif len(tied) > MOST_NAMED:
         rest = f", but {len(tied)} of the other {len(report.criteria) - 1} cannot be told from it"
     else:
-        rest = f", but {_listed(tied)} cannot be told from it"
+        rest = f", but {listed(tied)} cannot be told from it"
     return (
         f"{report.winner} predicts best what removing channels does to {report.model} (score {best.score:.2f}){rest}."
     )
@@ -286,10 +287,18 @@ def ceiling_line(report: AuditReport) -> str:
     return f"a perfect prediction would reach {'; '.join(known)}, since the held-out images are a sample{lost}"
 
 
+def basis_rows(report: AuditReport) -> list[tuple[str, str]]:
+    """Return, by name, what the correlations rest on, and why criteria are missing."""
+    rows = [
+        ("Measured", measured_line(report)),
+        ("Scored on", scored_line(report)),
+        ("Ceiling", ceiling_line(report)),
+        ("Own plans", own_line(report)),
+        *((f"No {name}", reason) for name, reason in report.unscored.items()),
+    ]
+    return [(name, line) for name, line in rows if line]
+
+
 def ceiling(reliability: float) -> float:
     """Turn a reliability into the most that a perfect prediction can be expected to correlate."""
     return math.sqrt(max(0.0, reliability))
-
-
-def _listed(names: tuple[str, ...]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

@@ -1,23 +1,27 @@
 """`AuditReport` → one self-contained HTML file: the terminal's tables, and predicted against measured by criterion.
 
-The decision that is not obvious: this page carries Plotly's bundle (4.8 MB), which the page of a slimming does without.
-There a bar says all; here every point is a channel or a set of them, and which one it is, and what lies in the crowd at
-the low end, takes pointing and zooming. The page forbids itself every request and opens offline.
+The decision that is not obvious: the charts are Plotly's alone, with its own buttons, and nothing is drawn without a
+script. Every point is a channel or a set of them, and which one it is, and what lies in the crowd at the low end, takes
+pointing and zooming; the tables say the rest.
 """
 
-from pathlib import Path
+import json
+from functools import cache
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Template
 from markupsafe import Markup
 from plotly.subplots import make_subplots
 
 from archscan.report import audit as numbers
 from archscan.report.audit import AuditedCriterion, AuditReport
-from archscan.report.views import percent
+from archscan.report.page import fill, template
+from archscan.report.views import machine_line, versions_line
 
-HERE = Path(__file__).parent
+STYLES = ("report.css", "audit.css")
+SCRIPTS = ("plotly.js", "audit.js")
 COLUMNS = 3
 PLOT_HEIGHT_PX = 290
 DECADES = 6
@@ -34,22 +38,29 @@ FAINT = "#808891"
 
 def render_html(report: AuditReport) -> str:
     """Return the page as text."""
-    environment = Environment(
-        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters.update(
-        cell=numbers.cell, number=numbers.number, factor=numbers.factor, change=numbers.change, percent=percent
-    )
-    return environment.get_template("audit.html.j2").render(
-        report=report,
-        style=Markup((HERE / "report.css").read_text(encoding="utf-8")),
+    return fill(
+        _template(),
+        STYLES,
+        SCRIPTS,
+        model=report.model,
+        eyebrow="audit",
         verdict=numbers.verdict(report),
+        banners=[("", sentence) for sentence in report.warnings],
+        data=_charts(report),
+        drawn=True,
+        report=report,
         score_note=numbers.SCORE_NOTE,
         scale_note=numbers.SCALE_NOTE,
-        basis=_basis(report),
+        basis=numbers.basis_rows(report),
         provenance=_provenance(report),
         floor=floor_of(report),
-        charts=Markup(_charts(report)),
+    )
+
+
+@cache
+def _template() -> Template:
+    return template(
+        "audit.html.j2", cell=numbers.cell, number=numbers.number, factor=numbers.factor, change=numbers.change
     )
 
 
@@ -60,7 +71,8 @@ def floor_of(report: AuditReport) -> float:
     return float(np.median(errors)) if errors else min(positive, default=1e-6)
 
 
-def _charts(report: AuditReport) -> str:
+def _charts(report: AuditReport) -> dict[str, Any]:
+    """Return Plotly's data and layout, in JSON values."""
     rows = -(-len(report.criteria) // COLUMNS)
     titles = [
         f"{row.name}  ({numbers.number(row.units.spearman.value)}, {numbers.number(row.sets.spearman.value)})"
@@ -82,10 +94,8 @@ def _charts(report: AuditReport) -> str:
         font={"color": FAINT, "size": 12},
         legend={"orientation": "h", "y": 1.0 + 45 / (PLOT_HEIGHT_PX * rows), "yanchor": "bottom", "x": 0},
     )
-    text: str = figure.to_html(
-        full_html=False, include_plotlyjs=True, div_id="charts", config={"displaylogo": False, "responsive": True}
-    )
-    return text
+    found: dict[str, Any] = json.loads(figure.to_json())
+    return found
 
 
 def _trace(report: AuditReport, row: AuditedCriterion, kind: str, *, legend: bool) -> go.Scatter:
@@ -124,29 +134,14 @@ def _label(report: AuditReport, place: int, predicted: float) -> str:
     return f"{what}<br>predicted {predicted:.4g}<br>measured {ablation.loss_change:+.4g}{error}"
 
 
-def _basis(report: AuditReport) -> list[tuple[str, str]]:
-    rows = [
-        ("Measured", numbers.measured_line(report)),
-        ("Scored on", numbers.scored_line(report)),
-        ("Ceiling", numbers.ceiling_line(report)),
-        ("Own plans", numbers.own_line(report)),
-        *((f"No {name}", reason) for name, reason in report.unscored.items()),
-    ]
-    return [(name, line) for name, line in rows if line]
-
-
 def _provenance(report: AuditReport) -> list[tuple[str, str]]:
-    environment, weights = report.environment, report.weights
+    weights = report.weights
     seconds = ", ".join(f"{name} {value:.1f}" for name, value in report.seconds.items())
     rows = [
         ("Weights", weights and f"{weights.kind}: {weights.source}"),
         ("Seed", str(report.seed)),
         ("Time", seconds and f"{seconds} s (measured)"),
-        ("Machine", environment and f"{environment.device}, {environment.threads} threads"),
-        (
-            "Versions",
-            f"archscan {report.archscan}"
-            + (f", torch {environment.torch}, Python {environment.python}" if environment else ""),
-        ),
+        ("Machine", machine_line(report.environment)),
+        ("Versions", versions_line(report.archscan, report.environment)),
     ]
     return [(name, line) for name, line in rows if line]

@@ -1,4 +1,4 @@
-// The pictures of a comparison, with what charts.js has: Plotly's script unpacked, the page's own colours.
+// The pictures of a comparison, drawn by what plotly.js has.
 
 const OKABE_ITO = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"];
 const MARKERS = ["circle", "square", "diamond", "triangle-up", "cross", "star"];
@@ -91,31 +91,16 @@ function drawOverlay(data, of, colours) {
   return [traces, layout];
 }
 
-async function liveComparison(data) {
-  const system = matchMedia("(prefers-color-scheme: dark)"), makers = { pareto: drawPareto, overlay: drawOverlay };
-  const places = Object.keys(makers).filter((id) => document.getElementById(id));
+function liveComparison(data) {
+  const system = matchMedia("(prefers-color-scheme: dark)");
   const isDark = () => system.matches && !document.documentElement.classList.contains("paper");
-  const config = { displayModeBar: false, responsive: true, scrollZoom: false, doubleClick: false };
-  const draw = (width) => {
+  const begin = () => {
     const colours = coloursOf(data, isDark());
     for (const key of document.querySelectorAll(".key")) key.style.background = colours[Number(key.dataset.result)];
-    for (const id of places) {
-      const [traces, layout] = makers[id](data, palette(), colours);
-      Plotly.react(id, traces, width ? { ...layout, width } : { ...layout, autosize: true }, config);
-    }
+    return [colours];
   };
-  if (places.length) await unpack("plotly");
-  draw();
-  for (const choice of document.querySelectorAll(".switch input")) choice.addEventListener("change", () => draw());
-  system.addEventListener("change", () => draw());
-  addEventListener("beforeprint", () => {
-    document.documentElement.classList.add("paper");
-    draw(PAPER_WIDTH);
-  });
-  addEventListener("afterprint", () => {
-    document.documentElement.classList.remove("paper");
-    draw();
-  });
+  const makers = { pareto: (of, colours) => drawPareto(data, of, colours), overlay: (of, colours) => drawOverlay(data, of, colours) };
+  keepDrawn(makers, ".switch input", begin);
 }
 
 liveTables();

@@ -24,7 +24,7 @@ from archscan.report.model import (
     installed_version,
 )
 from archscan.report.plain import plain
-from archscan.report.views import percent, plural, si
+from archscan.report.views import listed, percent, plural, si
 
 CostKind = Literal["macs", "params", "memory", "latency"]
 QualityKind = Literal["accuracy", "saliency"]
@@ -333,11 +333,6 @@ def _qualities(results: Sequence[Compared], differing: Sequence[str]) -> tuple[t
     if not axes:
         notes.append("There is nothing to compare quality by; slim again with --eval-data to measure accuracy.")
     return tuple(axes), notes
-
-
-def listed(names: Sequence[str]) -> str:
-    """Write names as a list in a sentence."""
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def _groups(given: Sequence[Given]) -> tuple[GroupKept, ...]:

@@ -1,27 +1,23 @@
 """`Comparison` → one self-contained HTML file, drawn in the style of the report page, of which it has the scripts.
 
-It opens offline and forbids itself every request. The decision that is not obvious: results that differ by their budget
+The decision that is not obvious: results that differ by their budget
 alone have an order, and are coloured along one scale; all others get colours (Okabe and Ito, 2008) and markers that
 have none. Every result is named where it is drawn, so that no colour has to be told from another.
 """
 
 from functools import cache
-from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from jinja2 import Template
 
 from archscan.report import compare_views as views
 from archscan.report.compare import Comparison
-from archscan.report.html import packed_plotly
 from archscan.report.model import GroupRow
+from archscan.report.page import fill, template
 from archscan.report.page_data import stages
-from archscan.report.views import percent, si
 
-HERE = Path(__file__).parent
 STYLES = ("report.css", "page.css", "compare.css")
-SCRIPTS = ("report.js", "charts.js", "compare.js")
+SCRIPTS = ("report.js", "plotly.js", "compare.js")
 SHORT = {"saliency": "saliency lost", "accuracy": "top-1"}
 
 
@@ -32,27 +28,24 @@ def render_comparison_html(comparison: Comparison, *, plotly: str | None = None)
         comparison: Its views.
         plotly: Plotly's script as `packed_plotly` gives it, the default.
     """
-    scripts = "".join((HERE / name).read_text(encoding="utf-8") for name in SCRIPTS)
-    styles = "".join((HERE / name).read_text(encoding="utf-8") for name in STYLES)
-    page: str = (
-        _environment()
-        .get_template("compare.html.j2")
-        .render(
-            comparison=comparison,
-            verdict=views.verdict(comparison),
-            alarms=[alarm.partition(": ")[::2] for alarm in comparison.alarms],
-            sides=" x ".join(map(str, comparison.input_shape[1:])),
-            further=[axis for axis in comparison.costs if axis.kind not in ("macs", "params")],
-            unbeaten=views.unbeaten(comparison),
-            short=SHORT,
-            free=[group for group in comparison.groups if not group.frozen],
-            data=page_data(comparison),
-            style=Markup(styles),
-            script=Markup(f'"use strict";\n{scripts}'),
-            plotly=Markup(packed_plotly() if plotly is None else plotly),
-        )
+    return fill(
+        _template(),
+        STYLES,
+        SCRIPTS,
+        plotly=plotly,
+        model=comparison.model,
+        eyebrow="comparison",
+        verdict=views.verdict(comparison),
+        banners=[alarm.partition(": ")[::2] for alarm in comparison.alarms],
+        data=page_data(comparison),
+        drawn=True,
+        comparison=comparison,
+        sides=" x ".join(map(str, comparison.input_shape[1:])),
+        further=[axis for axis in comparison.costs if axis.kind not in ("macs", "params")],
+        unbeaten=views.unbeaten(comparison),
+        short=SHORT,
+        free=[group for group in comparison.groups if not group.frozen],
     )
-    return page
 
 
 def page_data(comparison: Comparison) -> dict[str, Any]:
@@ -80,13 +73,5 @@ def page_data(comparison: Comparison) -> dict[str, Any]:
 
 
 @cache
-def _environment() -> Environment:
-    environment = Environment(
-        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters.update(si=si, percent=percent, count=_count, quality=views.quality_text)
-    return environment
-
-
-def _count(number: int) -> str:
-    return f"{number:,}"
+def _template() -> Template:
+    return template("compare.html.j2", quality=views.quality_text)

@@ -1,4 +1,4 @@
-"""`Comparison` → what the terminal shows, by rich; drawn as `report.terminal` draws, without lines.
+"""`Comparison` → what the terminal shows, by rich; drawn as `report.drawing` draws, without lines.
 
 Results are numbered, so that the table of groups has room for one narrow column each.
 """
@@ -12,11 +12,23 @@ from rich.text import Text
 
 from archscan.report import compare_views as views
 from archscan.report.compare import Comparison
-from archscan.report.terminal import BAD, FAINT, KEPT, TITLE, TOP, _clean, _commands, _Fitted, _pairs, _section, _table
+from archscan.report.drawing import (
+    BAD,
+    FAINT,
+    KEPT,
+    TOP,
+    WIDE,
+    Fitted,
+    clean,
+    columns,
+    command_lines,
+    headline,
+    pairs,
+    section,
+    sentences,
+    single_line,
+)
 from archscan.report.views import percent, si
-
-WIDE = 96
-"""Columns from which on costs are given in numbers too."""
 
 NAME_ROOM, COLUMN = 40, 6
 """Columns that the name and the width of a group take, and the ratio of one result."""
@@ -29,36 +41,30 @@ def render_comparison(comparison: Comparison, page: Path | None = None) -> Rende
         comparison: Its views.
         page: Where its page was written, None where there is none.
     """
-    parts: list[RenderableType] = [Text(""), Text(_clean(views.verdict(comparison)), style=TITLE), Text("")]
+    parts = [*headline(views.verdict(comparison))]
     for alarm in comparison.alarms:
         title, _, text = alarm.partition(": ")
-        parts += [Text.assemble((f" {_clean(title)} ", BAD), f"  {_clean(text)}"), Text("")]
+        parts += [Text.assemble((f" {clean(title)} ", BAD), f"  {clean(text)}"), Text("")]
     dense, sides = comparison.before, " x ".join(map(str, comparison.input_shape[1:]))
     of = f"dense: {si(dense.macs, 'MACs')} for one input of {sides}, {si(dense.params)} parameters"
-    table: RenderableType = _Fitted(lambda width: _result_table(comparison, width))
+    table: RenderableType = Fitted(lambda width: _result_table(comparison, width))
     if views.unbeaten(comparison):
         table = Group(table, Text("* no other result is as cheap in MACs and as good", style=FAINT))
-    parts += _section("Results", table, of)
+    parts += section("Results", table, of)
     if comparison.differing:
-        parts += _section("What differs, by result", _differing(comparison))
+        parts += section("What differs, by result", _differing(comparison))
     parts += _group_section(comparison)
     if comparison.shared:
-        lines = [(name, value) for name, value in comparison.shared.items()]
-        parts += _section("The same for all", _pairs(lines))
-    if comparison.notes:
-        remarks = Table.grid(padding=(0, 1, 0, 0))
-        for sentence in comparison.notes:
-            remarks.add_row("-", Text(_clean(sentence)))
-        parts += _section("Not compared", remarks)
+        parts += section("The same for all", pairs(comparison.shared.items()))
+    parts += sentences("Not compared", comparison.notes)
     if page is not None:
-        parts += _commands("Page", [("read", str(page))])
+        parts += command_lines("Page", [("read", str(page))])
     return Group(*parts)
 
 
 def render_comparison_verdict(comparison: Comparison) -> RenderableType:
     """Return the verdict and the titles of the alarms: what ``--quiet`` prints."""
-    titles = "".join(f" [{alarm.partition(':')[0].lower()}]" for alarm in comparison.alarms)
-    return Group(Text(_clean(views.verdict(comparison)) + titles, no_wrap=True, overflow="ignore"))
+    return single_line(views.verdict(comparison), (alarm.partition(":")[0] for alarm in comparison.alarms))
 
 
 def _result_table(comparison: Comparison, width: int) -> Table:
@@ -70,14 +76,14 @@ def _result_table(comparison: Comparison, width: int) -> Table:
         *("memory" if axis.kind == "memory" else "time" for axis in further),
     ]
     heads += ["top-1" if axis.kind == "accuracy" else "saliency lost" for axis in comparison.qualities]
-    table = _table("", "result:", *heads)
+    table = columns("", "result:", *heads)
     unbeaten = views.unbeaten(comparison)
     for place, result in enumerate(comparison.results):
         cells = [*([si(result.after.macs)] if wide else []), percent(result.keep_ratio.macs)]
         cells += [*([si(result.after.params)] if wide else []), percent(result.keep_ratio.params)]
         cells += [percent(axis.kept[place]) for axis in further]
         cells += [views.quality_text(axis, place) for axis in comparison.qualities]
-        name = Text(_clean(result.name), style=KEPT if result.name in unbeaten else "")
+        name = Text(clean(result.name), style=KEPT if result.name in unbeaten else "")
         name.append(" *" if unbeaten and result.name in unbeaten else "")
         table.add_row(str(place + 1), name, *cells)
     return table
@@ -91,7 +97,7 @@ def _differing(comparison: Comparison) -> Table:
         for place, result in enumerate(comparison.results, start=1):
             places.setdefault(result.settings.get(name, "none"), []).append(str(place))
         lines.append((name, "; ".join(f"{value} ({', '.join(held)})" for value, held in places.items())))
-    return _pairs(lines)
+    return pairs(lines)
 
 
 def _group_section(comparison: Comparison) -> Iterator[RenderableType]:
@@ -101,17 +107,17 @@ def _group_section(comparison: Comparison) -> Iterator[RenderableType]:
 
     def build(width: int) -> Table:
         shown = max(2, (width - NAME_ROOM) // COLUMN)
-        table = _table("group", "channels", *(str(place + 1) for place in range(len(comparison.results))[:shown]))
+        table = columns("group", "channels", *(str(place + 1) for place in range(len(comparison.results))[:shown]))
         for group in rows:
             ratios = (
                 "-" if kept is None or not group.units else f"{100 * kept / group.units:.0f}%"
                 for kept in group.kept[:shown]
             )
-            table.add_row(_clean(group.name), f"{group.units:,}", *ratios)
+            table.add_row(clean(group.name), f"{group.units:,}", *ratios)
         if len(comparison.results) > shown:
             table.add_row(f"results {shown + 1} to {len(comparison.results)}: in the page", style=FAINT)
         return table
 
-    yield from _section(
-        "Groups that were kept most differently", _Fitted(build), "kept fraction of the channels, by result"
+    yield from section(
+        "Groups that were kept most differently", Fitted(build), "kept fraction of the channels, by result"
     )

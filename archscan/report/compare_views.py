@@ -4,8 +4,8 @@ Terminal and page say the same. The decision that is not obvious: where results 
 them no other beats says nothing, since all of them are on the front; there the verdict tells what both ends lose.
 """
 
-from archscan.report.compare import Comparison, GroupKept, QualityAxis, listed
-from archscan.report.views import percent
+from archscan.report.compare import Comparison, GroupKept, QualityAxis
+from archscan.report.views import listed, percent
 
 
 def verdict(comparison: Comparison) -> str:

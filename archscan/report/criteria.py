@@ -11,8 +11,7 @@ from rich.text import Text
 
 from archscan.criteria import CriterionRow, criteria_table
 from archscan.options import DEFAULT_CRITERION
-
-TITLE, FAINT = "bold", "dim"
+from archscan.report.drawing import FAINT, TITLE
 
 LEGEND = (
     "Larger saliency means keep. g is the gradient of one image's loss by the gate that multiplies unit u wherever it "

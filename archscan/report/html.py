@@ -1,34 +1,28 @@
 """`Report` → one self-contained HTML file.
 
-Style, script and charts are inline, and the page forbids itself every request, so it opens offline and can be mailed.
-All names are escaped: by Jinja2 in the text, as JSON in the data, and by the scripts as text nodes.
+All names are escaped: by Jinja2 in the text, as JSON in the data, and by the scripts as text nodes (see `page`).
 
 The decision that is not obvious is who draws what. What has to be there on paper, in a mail's preview and without a
 script (keep ratios, shares, the matrix of criteria) is drawn by the template. Charts that take zooming, opening and
-pointing (treemap, distributions, the budget curve) are Plotly's. Its package ships only the full bundle of 4.8 MB, so
-the page carries that compressed, 1.9 MB as text, and unpacks it once it shows. The graph of groups has a layout of its
-own that no plotting library draws.
+pointing (treemap, distributions, the budget curve) are Plotly's. The graph of groups has a layout of its own that no
+plotting library draws.
 """
 
-import base64
-import gzip
 from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Template
 from markupsafe import Markup
-from plotly.offline import get_plotlyjs
 
 from archscan.findings import Finding
 from archscan.report import handover, page_data, views
 from archscan.report.branches import branch_rows
 from archscan.report.model import Report
+from archscan.report.page import fill, template
 
-HERE = Path(__file__).parent
 STYLES = ("report.css", "page.css")
-SCRIPTS = ("report.js", "network_model.js", "network_layout.js", "network.js", "charts.js", "page.js")
+SCRIPTS = ("report.js", "network_model.js", "network_layout.js", "network.js", "plotly.js", "charts.js", "page.js")
 MEMBERS_SHOWN = 20
 BOTTLENECKS_SHOWN = 12
 FINDINGS_SHOWN = 6
@@ -70,59 +64,33 @@ def render_html(report: Report) -> str:
     groups = sorted(report.groups, key=lambda group: group.depth)
     data = page_data.page_data(report)
     values = _summary(report) | _pictures(report, groups, data) | _tables(report, groups) | _handover(report)
-    scripts = "".join((HERE / name).read_text(encoding="utf-8") for name in SCRIPTS)
-    styles = "".join((HERE / name).read_text(encoding="utf-8") for name in STYLES)
-    page: str = (
-        _environment()
-        .get_template("template.html.j2")
-        .render(
-            report=report,
-            slim=report.after is not None,
-            groups=groups,
-            data=data,
-            contents=_contents(report, values),
-            style=Markup(styles),
-            script=Markup(f'"use strict";\n{scripts}'),
-            plotly=Markup(packed_plotly()),
-            **values,
-        )
+    slim = report.after is not None
+    return fill(
+        _template(),
+        STYLES,
+        SCRIPTS,
+        model=report.model,
+        eyebrow="report" if slim else "scan",
+        report=report,
+        slim=slim,
+        groups=groups,
+        data=data,
+        drawn=values["branches"] or values["has_spread"] or values["has_curve"] or data["training"],
+        contents=_contents(report, values),
+        **values,
     )
-    return page
-
-
-def write_html(report: Report, file: Path) -> None:
-    """Write the page."""
-    file.write_text(render_html(report), encoding="utf-8")
 
 
 @cache
-def packed_plotly() -> str:
-    """Return Plotly's script, compressed, in letters; the same on every run."""
-    return base64.b64encode(gzip.compress(get_plotlyjs().encode(), 6, mtime=0)).decode()
-
-
-@cache
-def _environment() -> Environment:
-    environment = Environment(
-        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters.update(
-        si=views.si,
-        percent=views.percent,
-        count=_count,
-        members=_members,
-        dotted=_dotted,
-        state=page_data.state,
-        facts=_facts,
-    )
-    return environment
+def _template() -> Template:
+    return template("template.html.j2", members=_members, dotted=_dotted, state=page_data.state, facts=_facts)
 
 
 def _summary(report: Report) -> dict[str, Any]:
     """Collect what is said in words and single numbers."""
     return {
         "verdict": views.verdict(report),
-        "banners": views.banners(report),
+        "banners": [(banner.title, banner.text) for banner in views.banners(report)],
         "warnings": views.further_warnings(report),
         "cards": _cards(report),
         "input_line": views.input_line(report),
@@ -243,23 +211,16 @@ def _checks(report: Report) -> list[tuple[str, str]]:
 
 
 def _provenance(report: Report) -> list[tuple[str, str]]:
-    environment = report.environment
-    machine = environment and f"{environment.device}, {environment.threads} threads"
-    versions = environment and f"archscan {report.archscan}, torch {environment.torch}, Python {environment.python}"
     rows = [
         ("Weights", views.weights_line(report)),
         ("Scored on", views.data_line(report)),
         ("Criterion", report.criterion),
         ("Seed", str(report.seed)),
         ("Time", views.seconds_line(report)),
-        ("Machine", machine),
-        ("Versions", versions or f"archscan {report.archscan}"),
+        ("Machine", views.machine_line(report.environment)),
+        ("Versions", views.versions_line(report.archscan, report.environment)),
     ]
     return [(name, line) for name, line in rows if line]
-
-
-def _count(number: int) -> str:
-    return f"{number:,}"
 
 
 def _dotted(name: str) -> Markup:

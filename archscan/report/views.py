@@ -5,10 +5,11 @@ compare before and after name how each number came about, counted, measured or e
 """
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from archscan.findings import Bottleneck
-from archscan.report.model import NOISE, RANDOM_WEIGHTS, GroupRow, Report
+from archscan.report.model import NOISE, RANDOM_WEIGHTS, Environment, GroupRow, Report
 
 INPUT_NOTE = "1 MAC = 1 FLOP"
 PEAK_NOTE = "counted, live activations"
@@ -84,6 +85,11 @@ def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
+def listed(names: Sequence[str]) -> str:
+    """Write names as a list in a sentence."""
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
 def verdict(report: Report) -> str:
     """Say in one sentence what came out."""
     if report.keep_ratio is None or report.target is None:
@@ -104,10 +110,19 @@ def verdict(report: Report) -> str:
         wider = sum(group.kept > group.units for group in report.groups)
         return (
             f"{report.model} was widened at {plural(wider, 'channel group')}, to {percent(report.keep_ratio.macs)} of "
-            f"its MACs and {percent(report.keep_ratio.params)} of its parameters; {_proof(report)}."
+            f"its MACs and {percent(report.keep_ratio.params)} of its parameters; {_proof(report)}{_trained(report)}."
         )
     *first, last = _kept_shares(report)
-    return f"{report.model} was slimmed to {', '.join(first)} and {last}; {_proof(report)}."
+    return f"{report.model} was slimmed to {', '.join(first)} and {last}; {_proof(report)}{_trained(report)}."
+
+
+def _trained(report: Report) -> str:
+    epochs = [row for run in report.history for row in run.epochs]
+    if not epochs:
+        return ""
+    found = epochs[-1].eval_accuracy
+    gave = "of training came after" if found is None else f"of training brought it to {percent(found)} accuracy"
+    return f"; {plural(len(epochs), 'epoch')} {gave}"
 
 
 def _kept_shares(report: Report) -> list[str]:
@@ -349,3 +364,13 @@ def weights_line(report: Report) -> str | None:
         return None
     source = f": {report.weights.source}" if report.weights.source else ""
     return f"{report.weights.kind}{source}"
+
+
+def machine_line(environment: Environment | None) -> str | None:
+    """Say what was computed on; None where that was not kept."""
+    return None if environment is None else f"{environment.device}, {environment.threads} threads"
+
+
+def versions_line(archscan: str, environment: Environment | None) -> str:
+    """Say which versions a report was made with."""
+    return f"archscan {archscan}" + (f", torch {environment.torch}, Python {environment.python}" if environment else "")

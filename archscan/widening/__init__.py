@@ -15,8 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch import nn
 
 from archscan.errors import BadInput, RebuildMismatch
 from archscan.groups import ChannelGroup
@@ -28,6 +27,7 @@ from archscan.recount import recount
 from archscan.recover import recalibrate_batchnorm
 from archscan.report.views import plural
 from archscan.results import SlimResult, SlimSettings, report_of
+from archscan.sharding import on_device
 from archscan.slimming import Stopwatch, has_batchnorm, slim
 from archscan.stages import telling_input
 from archscan.surgery import MAX_REPEATS
@@ -153,7 +153,7 @@ def _widened(
 ) -> WidenResult:
     """Widen what was found, or what is named; let others pay."""
     device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
-    example_input = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, example_input)
+    example_input = on_device(example_input, device)
     bench = Bench(model, example_input, telling_input(example_input, settings.seed), settings.seed)
     watch, groups = Stopwatch(), found.analysis.coupling.groups
     chosen, note = (named(groups, settings.only), "") if settings.only else _bottlenecks(found, settings.find_at)

@@ -5,19 +5,19 @@ from pathlib import Path
 from typing import Literal
 
 from archscan import saving
+from archscan.closing import Origin, conclude, write_result
 from archscan.criteria import criterion
 from archscan.errors import BadInput
 from archscan.exporters import check_formats
 from archscan.losses import sampled_label_loss
-from archscan.opening import SYNTHETIC, Batches, open_model, refusing_bad_files, use_machine
+from archscan.opening import SYNTHETIC, Batches, open_timed, refusing_bad_files, use_machine
 from archscan.options import DEFAULT_CRITERION, ProgressFactory, SlimOptions, WidenOptions
-from archscan.pipeline import accuracies, read_images, with_source, write_result
-from archscan.remarks import Images, data_of, notes_of, warnings_of, weights_of
+from archscan.pipeline import read_images
+from archscan.remarks import Images, notes_of, warnings_of
 from archscan.report.model import Saved
-from archscan.results import Context, report_of
-from archscan.saved import is_saved
-from archscan.slimming import Stopwatch, has_batchnorm
+from archscan.slimming import has_batchnorm
 from archscan.sources import Subject
+from archscan.stages import Stopwatch
 from archscan.widening import WidenResult, WidenSettings, widen
 from archscan.widths import WidthRule
 
@@ -31,10 +31,7 @@ def widen_command(options: WidenOptions, progress: ProgressFactory) -> Saved:
     """
     _check_options(options)
     watch, device = Stopwatch(), use_machine(options.run)
-    with watch.stage("open"), progress(f"Opening {options.model.name}") as step:
-        step(0, 0)
-        subject = open_model(options.model, options.data, options.run.seed)
-        history = saving.read_history(options.model.name) if is_saved(options.model.name) else ()
+    subject, history = open_timed(options, watch, progress)
     folder = options.output.folder or Path("reports") / f"{subject.name}-wide{options.factor:g}"
     saving.check_target(folder, overwrite=options.output.overwrite)
     asked = _as_slim(options)
@@ -43,21 +40,10 @@ def widen_command(options: WidenOptions, progress: ProgressFactory) -> Saved:
         images = read_images(asked, subject, recover, progress)
     subject = replace(subject, model=subject.model.to(device))
     result = _widen(options, subject, images, recover, progress)
-    result = replace(result, plan=with_source(result, subject, images, asked), history=history)
-    context = Context(
-        model=subject.name,
-        input_shape=tuple(subject.example_input.shape[1:]),
-        weights=weights_of(subject.weights),
-        data=data_of(images),
-        accuracy=accuracies(subject.model, result.model, images.evaluation, watch, progress),
-        warnings=tuple(warnings_of(subject.weights, images)),
-        notes=tuple(notes_of(asked, images, options.criterion or DEFAULT_CRITERION)),
-        device=device.type,
-        command_line=options.command_line,
-    )
-    result = replace(result, model=result.model.cpu(), seconds={**watch.seconds, **result.seconds})
-    report = write_result(options, subject, result, report_of(result, context), folder, progress)
-    return Saved(report, folder.expanduser())
+    notes = tuple(notes_of(asked, images, options.criterion or DEFAULT_CRITERION))
+    origin = Origin(subject, history, images, device, tuple(warnings_of(subject.weights, images)), notes)
+    result, report = conclude(result, origin, options, watch, progress)
+    return write_result(result, report, origin, options, folder, progress)
 
 
 def _check_options(options: WidenOptions) -> None:
