@@ -151,6 +151,7 @@ class SlimOptions:
         exports: Formats to write besides: ``onnx``, ``pt2``, ``script``.
         command_line: As typed, for the report.
         latency_batch: Images per forward pass in a measurement of the time before and after; None for no measurement.
+        channels_last: Whether weights and images lie in memory with their channels last while time is measured.
         finetune_epochs: Passes over the images of the data's source after every round; None for no training.
         finetune_samples: How many of these images to learn from; None for all.
     """
@@ -167,6 +168,7 @@ class SlimOptions:
     exports: tuple[str, ...] = ()
     command_line: str = ""
     latency_batch: int | None = None
+    channels_last: bool = False
     finetune_epochs: int | None = None
     finetune_samples: int | None = None
 

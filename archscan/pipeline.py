@@ -236,7 +236,8 @@ def _slim(ready: _Ready, each: Sequence[SlimOptions], place: Place, progress: Pr
     options, subject, images = each[0], ready.origin.subject, ready.origin.images
     budget, seed = options.budget, options.run.seed
     drawn = images.calibration is not None and not images.labels_fit
-    latency = None if options.latency_batch is None else LatencySetup(options.latency_batch)
+    batch = options.latency_batch
+    latency = None if batch is None else LatencySetup(batch, channels_last=options.channels_last)
     rule = WidthRule(budget.round_to, budget.min_width)
     return slim_each(
         subject.model,

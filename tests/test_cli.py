@@ -105,7 +105,7 @@ def options_of(parser):
 
 def test_the_list_of_options_is_frozen():
     assert options_of(slim.make_parser()) == {
-        *("--target-latency", "--target-memory", "--latency", "--latency-batch", "--lossless"),
+        *("--target-latency", "--target-memory", "--latency", "--latency-batch", "--channels-last", "--lossless"),
         *("--target-flops", "--target-params", "--round-to", "--min-width", "--protect", "--criterion", "--recover"),
         *("--weights", "--input-size", "--num-classes", "--data", "--samples", "--eval-data", "--batch-size"),
         *(
@@ -196,7 +196,7 @@ EVERY_OPTION = """
 --target-params 0.5 timm:scan --criterion obd --recover none --weights w.safetensors --data d.zip --samples 64
 --eval-data digits --input-size 160,192 --num-classes 10 --batch-size 8 --mean=0.1,0.2,0.3 --std 1,2,3 --round-to 4
 --min-width 16 --protect a.* b --protect c --device cpu --threads 2 --seed 7 --output out --overwrite --quiet
---rounds 3 --set-effects quadratic --export onnx,pt2 --target-latency 0.9 --latency-batch 4
+--rounds 3 --set-effects quadratic --export onnx,pt2 --target-latency 0.9 --latency-batch 4 --channels-last
 --finetune-epochs 2 --finetune-samples 500
 """
 
@@ -218,6 +218,7 @@ def test_every_option_arrives(calls):
             ("onnx", "pt2"),
             "archscan " + " ".join(word if word != "a.*" else "'a.*'" for word in typed),
             latency_batch=4,
+            channels_last=True,
             finetune_epochs=2,
             finetune_samples=500,
         )
@@ -268,6 +269,7 @@ REFUSED = {
     "": "required: MODEL",
     "x": "archscan scan x",
     "x --target-flops 0.5 --latency-batch 4": "no effect",
+    "x --target-flops 0.5 --channels-last": "no effect",
     "x --target-flops 0": "above 0",
     "x --target-flops -0.5": "above 0",
     "x --target-flops 1.01": "at most 1",

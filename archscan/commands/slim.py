@@ -143,6 +143,8 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
     machine.add_argument("--latency", action="store_true", help="measure the time before and after")
     batch = f"images per forward pass of which the time is measured (default: {LATENCY_BATCH})"
     machine.add_argument("--latency-batch", type=parse_count, metavar="N", help=batch)
+    last = "measure the time with channels_last weights and images"
+    machine.add_argument("--channels-last", action="store_true", help=last)
 
 
 def read_options(parsed: argparse.Namespace, command_line: str) -> SlimOptions:
@@ -174,6 +176,7 @@ def read_slim(parsed: argparse.Namespace, budget: BudgetOptions, command_line: s
         exports=parsed.export,
         command_line=command_line,
         latency_batch=_latency_batch(parsed, on_time=on_time),
+        channels_last=parsed.channels_last,
         finetune_epochs=parsed.finetune_epochs,
         finetune_samples=parsed.finetune_samples,
     )
@@ -228,7 +231,7 @@ def _require_no_effect(parsed: argparse.Namespace, has_target: bool) -> None:
         "--set-effects": parsed.set_effects != "additive",
         "--finetune-epochs": parsed.finetune_epochs is not None,
         "--finetune-samples": parsed.finetune_samples is not None,
-        "--latency": parsed.latency or parsed.latency_batch is not None,
+        "--latency": parsed.latency or parsed.latency_batch is not None or parsed.channels_last,
     }
     if named := [name for name, is_given in given.items() if is_given]:
         raise BadInput(f"--lossless removes what changes no output and nothing else; leave out {named[0]}")
@@ -237,6 +240,7 @@ def _require_no_effect(parsed: argparse.Namespace, has_target: bool) -> None:
 def _latency_batch(parsed: argparse.Namespace, *, on_time: bool) -> int | None:
     if parsed.latency or on_time:
         return parsed.latency_batch or LATENCY_BATCH
-    if parsed.latency_batch is not None:
-        raise BadInput("--latency-batch has no effect where no time is measured; add --latency, or a target on time")
+    if parsed.latency_batch is not None or parsed.channels_last:
+        named = "--channels-last" if parsed.latency_batch is None else "--latency-batch"
+        raise BadInput(f"{named} has no effect where no time is measured; add --latency, or a target on time")
     return None

@@ -109,10 +109,10 @@ class Measured:
         return f" ({_listed(named)} too)" if named else ""
 
     def spans(self) -> str:
-        """Say as a clause in how many directions its activations differ, and how many of its gates are determined."""
-        named = []
-        if self.activation_rank is not None:
-            named.append(f"its activations span {self.activation_rank:.1f} of {self.units:,} directions")
+        """Say as a clause in how many directions it differs between images, and how many gates are determined."""
+        ranks = (("activations", self.activation_rank), ("gradients", self.gradient_rank))
+        spans = [f"its {what} span {rank:.1f}" for what, rank in ranks if rank is not None]
+        named = [*spans[:-1], f"{spans[-1]} of {self.units:,} directions"] if spans else []
         if self.well_determined is not None:
             named.append(f"the images determine {self.well_determined:.1f} of {self.units:,} gates")
         return f"; {_listed(named)}" if named else ""
