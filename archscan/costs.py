@@ -14,7 +14,7 @@ half; one that prepares weights (a standardised convolution) counts in full, sin
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -204,13 +204,16 @@ class CostModel:
 class _Terms:
     """Collect terms; sizes that differ by a factor only are stored once, the factor goes into the coefficient."""
 
-    def __init__(self, full_widths_G: Sequence[int]) -> None:
-        self.full_widths_G = full_widths_G
+    def __init__(self, full_widths_G: Sequence[int], fixed: Collection[int] = ()) -> None:
+        self.full_widths_G, self.fixed = full_widths_G, frozenset(fixed)
         self.sizes: dict[tuple[int, tuple[tuple[int, int], ...]], int] = {}
         self.rows: dict[_TermKind, list[tuple[int, tuple[int, ...], str]]] = {kind: [] for kind in get_args(_TermKind)}
 
     def add(self, kind: _TermKind, factors: Iterable[int | Size], module: str, batch_size: int = 1) -> None:
         coefficient, variable = 1, []
+        factors = list(factors)
+        if sum(not isinstance(factor, int) and bool(factor.per_step) for factor in factors) > 2:
+            factors = [self._number(factor) for factor in factors]
         for factor in factors:
             if isinstance(factor, int):
                 coefficient *= factor
@@ -221,6 +224,12 @@ class _Terms:
         if coefficient % batch_size == 0:  # else the batch was summed away before, and the op costs what it costs once
             coefficient //= batch_size
         self.rows[kind].append((coefficient, tuple(sorted(variable)), module))
+
+    def _number(self, size: int | Size) -> int | Size:
+        """Turn a size that is the same whatever is kept into a number."""
+        if isinstance(size, int) or not self.fixed.issuperset(size.per_step):
+            return size
+        return size.at(self.full_widths_G)
 
     def _intern(self, size: Size) -> tuple[int, list[int]]:
         steps = tuple(sorted((group, indices) for group, indices in size.per_step.items() if indices))
@@ -247,7 +256,13 @@ class _Terms:
         return sparse.coo_array((values, (rows, columns)), shape=shape).tocsr(), constants_V
 
 
-def cost_model(graph: Graph, size_of: SizeOf, parameters: Mapping[str, Sizes], full_widths_G: np.ndarray) -> CostModel:
+def cost_model(
+    graph: Graph,
+    size_of: SizeOf,
+    parameters: Mapping[str, Sizes],
+    full_widths_G: np.ndarray,
+    fixed: Collection[int] = (),
+) -> CostModel:
     """Price a recorded run.
 
     Args:
@@ -255,12 +270,13 @@ def cost_model(graph: Graph, size_of: SizeOf, parameters: Mapping[str, Sizes], f
         size_of: Size of each axis of each value that the run saw.
         parameters: Size of each axis of each parameter, by path.
         full_widths_G: Kept steps of every group in the dense network.
+        fixed: Numbers of the groups that never change: where more than two sizes meet, theirs are taken for numbers.
 
     Raises:
         BadInput: A size does not come to the recorded one at full widths: it belongs to another run.
     """
     full = [int(width) for width in full_widths_G]
-    terms = _Terms(full)
+    terms = _Terms(full, fixed)
     checked = _checked(graph, size_of, full)
     uncounted: dict[str, None] = {}
     missed: dict[str, None] = {}

@@ -112,5 +112,6 @@ def priced(coupling: Coupling, latency: LatencyModel | None = None) -> CostModel
     assert coupling.graph is not None
     assert coupling.sizes is not None
     full_G = np.array([group.steps for group in coupling.groups], dtype=np.int64)
-    costs = cost_model(coupling.graph, coupling.sizes, coupling.parameters, full_G)
+    fixed = [number for number, group in enumerate(coupling.groups) if group.frozen is not None]
+    costs = cost_model(coupling.graph, coupling.sizes, coupling.parameters, full_G, fixed)
     return costs if latency is None else costs.with_timing(latency.quadratic(coupling.sizes, full_G))

@@ -33,7 +33,7 @@ def count_as_is(model: nn.Module, x: torch.Tensor) -> CostModel:
     return cost_model(graph, constant_sizes(graph), parameters, NO_WIDTHS)
 
 
-def with_widths(model: nn.Module, x: torch.Tensor, widths: list[int]) -> CostModel:
+def with_widths(model: nn.Module, x: torch.Tensor, widths: list[int], fixed: tuple[int, ...] = ()) -> CostModel:
     """Price a network in which an axis belongs to a group if it is a multiple of one of the (coprime) widths."""
 
     def size(length: int) -> Size:
@@ -45,7 +45,7 @@ def with_widths(model: nn.Module, x: torch.Tensor, widths: list[int]) -> CostMod
     graph = capture(model, x)
     parameters = {name: tuple(size(n) for n in p.shape) for name, p in model.named_parameters()}
     full = np.array(widths)
-    return cost_model(graph, lambda number: tuple(size(n) for n in graph.values[number].shape), parameters, full)
+    return cost_model(graph, lambda i: tuple(size(n) for n in graph.values[i].shape), parameters, full, fixed)
 
 
 def fvcore_total(model: nn.Module, x: torch.Tensor, analysis: type = FlopCountAnalysis) -> int:
@@ -308,6 +308,13 @@ def test_sizes_of_another_run_are_refused():
 def test_widths_that_do_not_fit_are_refused(widths):
     with pytest.raises(BadInput, match="3 channel groups"):
         SLIM_COSTS.evaluate("macs", np.array(widths))
+
+
+def test_a_width_that_never_changes_is_a_number_where_three_meet():
+    model = Calls(lambda x, w: torch.bmm(x.flatten(2), x.flatten(2).transpose(1, 2)))
+    costs = with_widths(model, torch.zeros(1, 5, 7, 1), [5, 7], fixed=(1,))
+    assert costs.evaluate("macs", np.array([3, 7])) == 3 * 3 * 7
+    assert costs.quadratic("macs").at(np.array([3, 7])) == 3 * 3 * 7
 
 
 def test_a_product_of_three_widths_is_priced_but_has_no_quadratic_form():
