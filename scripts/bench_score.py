@@ -38,7 +38,11 @@ from archscan.sources import open_subject  # isort: skip
 
 EVAL_STEP, TRAIN_STEP = "forward + backward, eval mode", "forward + backward, train mode"
 PEER_TAYLOR, PEER_HESSIAN = "Torch-Pruning Taylor", "Torch-Pruning Hessian"
-TARGETS = {"taylor-fo": 1.0, "taylor-abs": 1.0, "obd": 1.0, "sosp-h": 3.0}
+TARGETS = {
+    **dict.fromkeys(("taylor-fo", "taylor-abs", "obd", "snip", "laplace-snr"), 1.0),
+    **dict.fromkeys(("obs", "mfac", "cbs"), 1.5),
+    "sosp-h": 3.0,
+}
 """What is aimed at, in forward + backward passes."""
 
 Batches = Sequence[tuple[Tensor, Tensor]]
