@@ -20,8 +20,8 @@ from archscan.evaluation import require_classes
 from archscan.folders import check_replaceable, replacing
 from archscan.groups import Coupling
 from archscan.losses import classification_loss
-from archscan.opening import SYNTHETIC, Batches, open_model, refusing_bad_files, use_machine
-from archscan.options import REAL_SAMPLES, AuditOptions, ProgressFactory
+from archscan.opening import Batches, open_model, refusing_bad_files, use_machine
+from archscan.options import REAL_SAMPLES, SYNTHETIC, AuditOptions, ProgressFactory
 from archscan.remarks import weights_of
 from archscan.report.audit import AuditReport, Images, json_text
 from archscan.report.audit_html import render_html

@@ -211,9 +211,6 @@ class _Terms:
 
     def add(self, kind: _TermKind, factors: Iterable[int | Size], module: str, batch_size: int = 1) -> None:
         coefficient, variable = 1, []
-        factors = list(factors)
-        if sum(not isinstance(factor, int) and bool(factor.per_step) for factor in factors) > 2:
-            factors = [self._number(factor) for factor in factors]
         for factor in factors:
             if isinstance(factor, int):
                 coefficient *= factor
@@ -225,18 +222,14 @@ class _Terms:
             coefficient //= batch_size
         self.rows[kind].append((coefficient, tuple(sorted(variable)), module))
 
-    def _number(self, size: int | Size) -> int | Size:
-        """Turn a size that is the same whatever is kept into a number."""
-        if isinstance(size, int) or not self.fixed.issuperset(size.per_step):
-            return size
-        return size.at(self.full_widths_G)
-
     def _intern(self, size: Size) -> tuple[int, list[int]]:
         steps = tuple(sorted((group, indices) for group, indices in size.per_step.items() if indices))
+        stays = sum(indices * self.full_widths_G[group] for group, indices in steps if group in self.fixed)
+        constant, steps = size.constant + stays, tuple(step for step in steps if step[0] not in self.fixed)
         if not steps:
-            return size.constant, []
-        scale = math.gcd(size.constant, *(indices for _, indices in steps))
-        key = (size.constant // scale, tuple((group, indices // scale) for group, indices in steps))
+            return constant, []
+        scale = math.gcd(constant, *(indices for _, indices in steps))
+        key = (constant // scale, tuple((group, indices // scale) for group, indices in steps))
         return scale, [self.sizes.setdefault(key, len(self.sizes))]
 
     def polynomial(self, kind: _TermKind) -> _Polynomial:
@@ -270,7 +263,7 @@ def cost_model(
         size_of: Size of each axis of each value that the run saw.
         parameters: Size of each axis of each parameter, by path.
         full_widths_G: Kept steps of every group in the dense network.
-        fixed: Numbers of the groups that never change: where more than two sizes meet, theirs are taken for numbers.
+        fixed: Numbers of the groups that never change: their widths are numbers here, whatever is evaluated.
 
     Raises:
         BadInput: A size does not come to the recorded one at full widths: it belongs to another run.

@@ -19,9 +19,6 @@ from archscan.saved import is_saved, open_saved
 from archscan.sources import Subject, open_subject
 from archscan.stages import Stopwatch
 
-SYNTHETIC = "synthetic"
-"""The source of images that is noise."""
-
 _Given = ParamSpec("_Given")
 _Result = TypeVar("_Result")
 

@@ -25,6 +25,9 @@ def default_criterion(recover: str | None) -> str:
 DEFAULT_ROUNDS = 1
 """In how many rounds a network is slimmed, scored anew before each."""
 
+SYNTHETIC = "synthetic"
+"""What stands for noise where a source of images is named."""
+
 REAL_SAMPLES, SYNTHETIC_SAMPLES = 256, 32
 """Calibration images where no number is asked for; more noise says no more."""
 
@@ -73,7 +76,7 @@ class DataOptions:
         std: Per channel, on the scale [0, 1]; None for the network's own.
     """
 
-    source: str = "synthetic"
+    source: str = SYNTHETIC
     samples: int | None = None
     eval_source: str | None = None
     batch_size: int = 32

@@ -16,10 +16,11 @@ from archscan.exporters import check_formats
 from archscan.heldout import LEAST_SAMPLES
 from archscan.latency import LatencySetup
 from archscan.losses import classification_loss, sampled_label_loss
-from archscan.opening import SYNTHETIC, Batches, open_model, open_timed, refusing_bad_files, use_machine
+from archscan.opening import Batches, open_model, open_timed, refusing_bad_files, use_machine
 from archscan.options import (
     DEFAULT_CRITERION,
     REAL_SAMPLES,
+    SYNTHETIC,
     SYNTHETIC_SAMPLES,
     EvaluateOptions,
     ProgressFactory,

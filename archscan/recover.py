@@ -38,6 +38,11 @@ class Recalibrated:
     layers: int
     samples: int
 
+    def clause(self) -> str:
+        """Say what was done."""
+        layers = f"{self.layers} layer{'' if self.layers == 1 else 's'}"
+        return f"BatchNorm statistics of {layers} recalibrated on {self.samples} images"
+
 
 @contextmanager
 def _estimating(layers: list[_BatchNorm]) -> Iterator[None]:

@@ -20,6 +20,7 @@ from archscan.rebuild import CannotFollow, Rebuilt, rebuild
 from archscan.results import Analysis
 from archscan.set_effects import SetEffects
 from archscan.settle import settle
+from archscan.surgery import Kept
 from archscan.widths import WidthRule
 
 _REPLANS = 8
@@ -98,13 +99,20 @@ def plan_and_rebuild(
         try:
             return Fitted(made, rebuild(model, example_input, coupling, made.kept), analysis, tuple(notes))
         except CannotFollow:
-            settled = settle(model, example_input, coupling, made.kept)
-            if not settled.notes:
+            analysis, told = settled(model, example_input, analysis, made.kept)
+            if not told:
                 raise
-            costs = priced(settled.coupling, analysis.latency)
-            analysis = Analysis(settled.coupling, costs, analysis.latency)
-            notes.extend(settled.notes)
+            notes.extend(told)
     raise RebuildMismatch("too many forwards hard-code their widths; protect those modules by name")
+
+
+def settled(
+    model: nn.Module, example_input: Any, analysis: Analysis, kept: Kept | None = None
+) -> tuple[Analysis, tuple[str, ...]]:
+    """Freeze or tie what forwards hard-code (see `settle`) and price it anew; also what was done, a sentence each."""
+    found = settle(model, example_input, analysis.coupling, kept)
+    costs = priced(found.coupling, analysis.latency)
+    return Analysis(found.coupling, costs, analysis.latency), found.notes
 
 
 def priced(coupling: Coupling, latency: LatencyModel | None = None) -> CostModel:

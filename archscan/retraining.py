@@ -17,7 +17,7 @@ from torch import nn
 from archscan.data import ImageSet
 from archscan.errors import BadInput
 from archscan.evaluation import require_classes
-from archscan.options import ProgressFactory, SlimOptions
+from archscan.options import SYNTHETIC, ProgressFactory, SlimOptions
 from archscan.processes import Place
 from archscan.report.training import TrainingRun, told
 from archscan.saved import is_saved, open_original
@@ -27,8 +27,6 @@ from archscan.training import Epochs, LaterEpochs, Teacher, TrainSettings, open_
 from archscan.training.trainer import Job, Trained, hyperparameters, run
 
 __all__ = ["Finetuning", "Retraining", "asked_for", "check_asked", "notes_of_training", "opened", "train_round"]
-
-SYNTHETIC = "synthetic"
 
 
 @dataclass(frozen=True, eq=False)

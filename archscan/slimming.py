@@ -65,6 +65,12 @@ def has_batchnorm(model: nn.Module) -> bool:
     return any(isinstance(module, _BatchNorm) and module.running_mean is not None for module in model.modules())
 
 
+def require_batchnorm(model: nn.Module) -> None:
+    """Refuse to recalibrate a network without BatchNorm statistics."""
+    if not has_batchnorm(model):
+        raise BadInput("the model has no BatchNorm statistics to recalibrate; leave out recover='bn'")
+
+
 def slim(
     model: nn.Module,
     example_input: Any,
@@ -167,7 +173,7 @@ def slim_each(
     jobs = _jobs(model, example_input, budgets, criterion, settings or SlimSettings(), progress, place)
     first, calibration = jobs[0], _calibration(jobs[0], data, loss_fn)
     retraining = None if finetune is None else opened(finetune, model, place)
-    with _seeded(first):
+    with seeded(first):
         with first.watch.stage("capture"):
             analysis = analyse(model, first.example_input, first.settings.protect)
         ready = [_timed(job, analysis) for job in jobs]
@@ -181,7 +187,7 @@ def slim_each(
         own = replace(job, watch=Stopwatch(first.watch.seconds), criteria=(found.criterion,), retraining=retraining)
         if len(jobs) > 1:
             own = replace(own, progress=_telling(progress, job.budget))
-        with _seeded(own):
+        with seeded(own):
             result = _slim(own, calibration, analysed, found, recipe)
         yield result
 
@@ -209,7 +215,7 @@ def _jobs(
 
 
 @contextmanager
-def _seeded(job: Job) -> Iterator[None]:
+def seeded(job: Job) -> Iterator[None]:
     """Seed the global random generators, and give them back as they were."""
     with torch.random.fork_rng({tensor.device for _, tensor in named_tensors(job.model) if tensor.is_cuda}):
         torch.manual_seed(job.settings.seed)
@@ -350,8 +356,8 @@ def checked_device(model: nn.Module) -> torch.device:
 def _calibration(job: Job, data: Iterable[Any] | None, loss_fn: LossFn | None) -> Calibration:
     """Decide what the network is scored on."""
     repairs = job.settings.recover != "none"
-    if job.settings.recover == "bn" and not has_batchnorm(job.model):
-        raise BadInput("the model has no BatchNorm statistics to recalibrate; leave out recover='bn'")
+    if job.settings.recover == "bn":
+        require_batchnorm(job.model)
     if data is not None:
         if isinstance(data, (Tensor, dict)) or (isinstance(data, tuple) and any(isinstance(x, Tensor) for x in data)):
             raise BadInput(f"data is one {type(data).__name__}, not batches; pass a data loader, or [(images, labels)]")
@@ -379,11 +385,14 @@ def _noise(example_input: Any, seed: int) -> list[Any]:
     return [(torch.randn(shape, generator=generator).to(example_input), None) for _ in range(count)]
 
 
+def versions() -> dict[str, Any]:
+    """Name the versions that a plan was made with."""
+    return {"archscan": __version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
 def _provenance(job: Job) -> dict[str, Any]:
     return {
-        "archscan": __version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
+        **versions(),
         "criterion": job.criteria[0],
         "seed": job.settings.seed,
         "recover": job.settings.recover,

@@ -26,7 +26,7 @@ from archscan.gates import collect
 from archscan.losses import LossFn
 from archscan.options import ProgressFactory
 from archscan.pace import plan_and_time, time_budget
-from archscan.planner import Budget
+from archscan.planner import Budget, Plan
 from archscan.processes import Place
 from archscan.rebuild import Rebuilt
 from archscan.reconstruct import Repaired, repair
@@ -341,14 +341,18 @@ def prove_fitted(job: Job, fitted: Fitted) -> tuple[Verification, list[str]]:
             f"the slim network is not the masked original ({verification.reason}), so that nothing was written; "
             "please report this network"
         )
-    counted = recount(rebuilt.model, job.example_input)
-    check_price(
-        rebuilt.model,
-        counted_macs=counted.macs,
-        predicted_macs=made.after.macs,
-        predicted_params=made.after.params,
-    )
-    return verification, list(counted.notes)
+    return verification, check_plan(rebuilt.model, job.example_input, made)
+
+
+def check_plan(model: nn.Module, example_input: Any, made: Plan) -> list[str]:
+    """See that a network costs what the plan says; note who counted.
+
+    Raises:
+        RebuildMismatch: It does not.
+    """
+    counted, after = recount(model, example_input), made.after
+    check_price(model, counted_macs=counted.macs, predicted_macs=after.macs, predicted_params=after.params)
+    return list(counted.notes)
 
 
 def telling_input(example_input: Any, seed: int) -> Any:
@@ -378,5 +382,4 @@ def _recovered(
         return found.model, found.clause(), found
     with job.watch.stage("recover"), job.progress(f"Recalibrating BatchNorm{where}") as step:
         again = recalibrate_batchnorm(rebuilt.model, calibration.batches, step)
-    layers = f"{again.layers} layer{'s' if again.layers > 1 else ''}"
-    return again.model, f"BatchNorm statistics of {layers} recalibrated on {again.samples} images", None
+    return again.model, again.clause(), None

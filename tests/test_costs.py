@@ -310,7 +310,7 @@ def test_widths_that_do_not_fit_are_refused(widths):
         SLIM_COSTS.evaluate("macs", np.array(widths))
 
 
-def test_a_width_that_never_changes_is_a_number_where_three_meet():
+def test_a_width_that_never_changes_is_a_number():
     model = Calls(lambda x, w: torch.bmm(x.flatten(2), x.flatten(2).transpose(1, 2)))
     costs = with_widths(model, torch.zeros(1, 5, 7, 1), [5, 7], fixed=(1,))
     assert costs.evaluate("macs", np.array([3, 7])) == 3 * 3 * 7

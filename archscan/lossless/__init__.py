@@ -7,7 +7,6 @@ The decision that is not obvious: channels that were merely silent on some image
 these images either, but that is what an ordinary target does first, since their saliency is 0; it is not lossless.
 """
 
-import platform
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -17,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from archscan import __version__
 from archscan.capture import train_mode
 from archscan.dead_units import dead_units, lossless_kept
 from archscan.errors import BadInput, RebuildMismatch
@@ -32,7 +30,7 @@ from archscan.report.model import Lossless
 from archscan.results import Analysis, SlimResult, SlimSettings, group_rows
 from archscan.rounds import gone_units
 from archscan.sharding import on_device
-from archscan.slimming import analyse, checked_device
+from archscan.slimming import analyse, checked_device, seeded, versions
 from archscan.stages import Job, Stopwatch, prove_fitted, telling_input
 from archscan.verify import TOLERANCE, Verification, output_tensors, verify
 from archscan.widths import WidthRule
@@ -74,8 +72,7 @@ def remove_dead(
     device = checked_device(model)
     example_input = on_device(example_input, device)
     job = Job(model, example_input, ALL, (), settings, Stopwatch(), progress)
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(settings.seed)
+    with seeded(job):
         return _without_dead(job, data, recipe)
 
 
@@ -100,13 +97,7 @@ def _without_dead(job: Job, data: Iterable[Any] | None, recipe: Recipe | None) -
     if recipe is None:
         with job.watch.stage("recognise"):
             recipe = recognise(job.model, job.example_input)
-    provenance = {
-        "archscan": __version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "seed": job.settings.seed,
-        "lossless": True,
-    }
+    provenance = {**versions(), "seed": job.settings.seed, "lossless": True}
     return SlimResult(
         model=fitted.rebuilt.model.eval(),
         plan=replace(fitted.plan, saliency_lost=0.0, saliency_lost_uniform=0.0, provenance=provenance),

@@ -7,8 +7,8 @@ from archscan import saving
 from archscan.closing import Origin, conclude, write_result
 from archscan.exporters import check_formats
 from archscan.lossless import remove_dead
-from archscan.opening import SYNTHETIC, Batches, open_timed, refusing_bad_files, use_machine
-from archscan.options import ProgressFactory, SlimOptions
+from archscan.opening import Batches, open_timed, refusing_bad_files, use_machine
+from archscan.options import SYNTHETIC, ProgressFactory, SlimOptions
 from archscan.pipeline import read_images
 from archscan.remarks import Images
 from archscan.report.model import Saved

@@ -17,23 +17,23 @@ import numpy as np
 import torch
 from torch import nn
 
+from archscan.budgets import costs_at
 from archscan.errors import BadInput, RebuildMismatch
 from archscan.groups import ChannelGroup
 from archscan.losses import LossFn
 from archscan.options import DEFAULT_FIND_AT, ProgressFactory, silent
-from archscan.planner import Budget, Costs, Plan
+from archscan.planner import Costs, Plan
 from archscan.recipes import Recipe
-from archscan.recount import recount
 from archscan.recover import recalibrate_batchnorm
 from archscan.report.views import plural
 from archscan.results import SlimResult, SlimSettings, report_of
 from archscan.sharding import on_device
-from archscan.slimming import Stopwatch, has_batchnorm, slim
-from archscan.stages import telling_input
+from archscan.slimming import Stopwatch, require_batchnorm, slim
+from archscan.stages import check_plan, telling_input
 from archscan.surgery import MAX_REPEATS
-from archscan.verify import check_price, prove
+from archscan.verify import prove
 from archscan.widening.copies import all_sources, named, sources_of
-from archscan.widening.pay import Paid, pay
+from archscan.widening.pay import SAME_MACS, Paid, pay
 from archscan.widening.trial import Bench, Trial, try_wider
 from archscan.widths import WidthRule
 
@@ -144,8 +144,8 @@ def widen(
 def _check_repair(model: nn.Module, data: Iterable[Any] | None, settings: WidenSettings) -> None:
     if settings.recover == "bn" and data is None:
         raise BadInput("recover='bn' needs real images, noise would mislead it; pass data=")
-    if settings.recover == "bn" and not has_batchnorm(model):
-        raise BadInput("the model has no BatchNorm statistics to recalibrate; leave out recover='bn'")
+    if settings.recover == "bn":
+        require_batchnorm(model)
 
 
 def _widened(
@@ -218,16 +218,13 @@ def _at_any_cost(trial: Trial, before: Costs) -> Paid:
     groups, costs = trial.analysis.coupling.groups, trial.analysis.costs
     kept = all_sources(groups, trial.sources)
     widths_G = np.array([len(kept[group.name][0]) for group in groups])
-    after = Costs(*(costs.evaluate(kind, widths_G) for kind in ("macs", "params", "activations")))
-    plan = Plan(kept, Budget("macs", 1.0), before, after, 0.0, 0.0)
+    plan = Plan(kept, SAME_MACS, before, costs_at(costs, widths_G, SAME_MACS), 0.0, 0.0)
     return Paid(plan, trial.rebuilt, trial.verification, trial.analysis, trial.sources)
 
 
 def _priced(bench: Bench, paid: Paid) -> Paid:
     """See that the network costs what the plan says."""
-    model, after = paid.rebuilt.model, paid.plan.after
-    counted = recount(model, bench.example_input)
-    check_price(model, counted_macs=counted.macs, predicted_macs=after.macs, predicted_params=after.params)
+    check_plan(paid.rebuilt.model, bench.example_input, paid.plan)
     return paid
 
 
@@ -268,5 +265,4 @@ def _recalibrated(result: WidenResult, batches: Iterable[Any] | None, progress: 
     watch = Stopwatch()
     with watch.stage("recover"), progress("Recalibrating BatchNorm") as step:
         again = recalibrate_batchnorm(result.model, batches, step)
-    clause = f"BatchNorm statistics of {plural(again.layers, 'layer')} recalibrated on {again.samples} images"
-    return replace(result, model=again.model, recovery=clause, seconds={**result.seconds, **watch.seconds})
+    return replace(result, model=again.model, recovery=again.clause(), seconds={**result.seconds, **watch.seconds})

@@ -10,8 +10,8 @@ from archscan.criteria import criterion
 from archscan.errors import BadInput
 from archscan.exporters import check_formats
 from archscan.losses import sampled_label_loss
-from archscan.opening import SYNTHETIC, Batches, open_timed, refusing_bad_files, use_machine
-from archscan.options import DEFAULT_CRITERION, ProgressFactory, SlimOptions, WidenOptions
+from archscan.opening import Batches, open_timed, refusing_bad_files, use_machine
+from archscan.options import DEFAULT_CRITERION, SYNTHETIC, ProgressFactory, SlimOptions, WidenOptions
 from archscan.pipeline import read_images
 from archscan.remarks import Images, notes_of, warnings_of
 from archscan.report.model import Saved

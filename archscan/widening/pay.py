@@ -9,17 +9,18 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from archscan.budgets import costs_at
 from archscan.errors import InfeasibleBudget, RebuildMismatch
-from archscan.planner import Budget, Costs, Plan, plan
+from archscan.planner import Budget, Plan, plan
 from archscan.rebuild import CannotFollow, Rebuilt, rebuild
-from archscan.replan import priced
+from archscan.replan import settled
 from archscan.results import Analysis
-from archscan.settle import settle
 from archscan.verify import Verification
 from archscan.widening.copies import Sources, stretched
 from archscan.widening.trial import Bench, Trial, held, without
 from archscan.widths import WidthRule
 
+SAME_MACS = Budget("macs", 1.0)
 _REPLANS = 8
 
 
@@ -67,12 +68,11 @@ def pay(bench: Bench, trial: Trial, saliency_U: np.ndarray, rule: WidthRule) -> 
             rebuilt = rebuild(bench.model, bench.example_input, analysis.coupling, made.kept)
             return Paid(made, rebuilt, trial.verification, analysis, sources, refused, tuple(notes))
         except CannotFollow:
-            settled = settle(bench.model, bench.example_input, analysis.coupling, made.kept)
-            if not settled.notes:
+            analysis, told = settled(bench.model, bench.example_input, analysis, made.kept)
+            if not told:
                 raise
-            analysis = Analysis(settled.coupling, priced(settled.coupling))
-            notes.extend(settled.notes)
-            refused |= dict(held(settled.coupling, sources))
+            notes.extend(told)
+            refused |= dict(held(analysis.coupling, sources))
             sources = without(sources, refused)
         if not sources:
             name, why = next(iter(refused.items()))
@@ -92,5 +92,5 @@ def _plan(analysis: Analysis, sources: Sources, saliency_U: np.ndarray, rule: Wi
             f"the other groups cannot pay for a network that costs {dense / limit:.2f} times the MACs; widen less, "
             "widen fewer groups, or let it cost more"
         ) from error
-    before = Costs(*(costs.evaluate(kind, costs.full_widths_G) for kind in ("macs", "params", "activations")))
-    return replace(made, kept={**made.kept, **sources}, budget=Budget("macs", 1.0), before=before)
+    before = costs_at(costs, costs.full_widths_G, SAME_MACS)
+    return replace(made, kept={**made.kept, **sources}, budget=SAME_MACS, before=before)

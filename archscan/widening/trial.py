@@ -17,10 +17,9 @@ from torch import nn
 from archscan.errors import RebuildMismatch
 from archscan.groups import ChannelGroup, Coupling
 from archscan.rebuild import CannotFollow, Rebuilt, rebuild
-from archscan.replan import priced
+from archscan.replan import settled
 from archscan.results import Analysis
 from archscan.same_statistics import statistic_places
-from archscan.settle import settle
 from archscan.verify import Verification, prove
 from archscan.widening.copies import Sources, all_sources, evenly
 
@@ -79,9 +78,8 @@ def try_wider(bench: Bench, analysis: Analysis, sources: Sources) -> Trial:
     refused: dict[str, str] = {}
     found = _outcome(bench, analysis.coupling, sources)
     if isinstance(found, CannotFollow):
-        settled = settle(bench.model, bench.example_input, analysis.coupling)
-        analysis, notes = Analysis(settled.coupling, priced(settled.coupling)), settled.notes
-        refused = dict(held(settled.coupling, sources))
+        analysis, notes = settled(bench.model, bench.example_input, analysis)
+        refused = dict(held(analysis.coupling, sources))
         sources = without(sources, refused)
         found = _outcome(bench, analysis.coupling, sources)
     if isinstance(found, RebuildMismatch):
