@@ -561,6 +561,34 @@ class GroupedHeads(nn.Module):
         return self.fc(F.relu(self.proj(x.transpose(1, 2).flatten(2))).mean(1))
 
 
+class CrossCovariance(nn.Module):
+    """The channels of a head attend to each other, as in XCiT; the product lies in memory as ``linear`` dislikes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = 4
+        self.qkv, self.proj = nn.Linear(16, 3 * 12), nn.Linear(12, 16)
+        self.heat = nn.Parameter(torch.rand(4, 1, 1) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 4, 1).unbind(0)
+        scores = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(2, 3) * self.heat
+        return self.proj((scores.softmax(-1) @ v).permute(0, 3, 1, 2).flatten(2))
+
+
+class CodedTokens(Tokens):
+    """Tokens with a code of places that a layer makes anew for every sample, of nothing that the samples hold."""
+
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__(attention)
+        self.code = nn.Conv2d(1, 16, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x)) + self.code(torch.ones(len(x), 1, 3, 3, dtype=x.dtype, device=x.device))
+        x = x.flatten(2).transpose(1, 2) + self.position
+        return self.fc((x + self.attention(x)).mean(1))
+
+
 class Stacked(nn.Module):
     """Two branches stacked and taken apart again; both must keep equally many channels."""
 
@@ -641,6 +669,7 @@ CASES = {
     "linear-attention": Case(lambda: Tokens(LinearAttention()), ("stem 1x16", "attention.qkv 1x3")),
     "relative-places": Case(lambda: Tokens(RelativePlaces()), ("stem 1x16", "attention.qk 1x5"), frozen=("meets",)),
     "grouped-heads": Case(GroupedHeads, ("conv1 1x4", "proj 1x6")),
+    "cross-covariance": Case(lambda: CodedTokens(CrossCovariance()), ("stem 1x16", "attention.qkv 1x4")),
     "stacked": Case(Stacked, ("a 2x8", "c 1x6")),
     "one-head": Case(lambda: Tokens(OneHead()), ("stem 1x16", "attention.v 1x12"), frozen=("contracted",)),
     "functional": Case(Functional, ("weight 1x8", "matrix 1x6")),

@@ -10,7 +10,7 @@ from archscan.errors import BadInput, UnsupportedOp
 from archscan.groups import channel_groups, couple, coupling_graph, freeze
 from archscan.rebuild import rebuild
 from tests.masked import masked, random_kept, randomised, removed_units
-from tests.nets import CASES, INPUT, Plain, Residual
+from tests.nets import CASES, INPUT, CodedTokens, CrossCovariance, Plain, Residual, Tokens
 
 torch.manual_seed(0)
 
@@ -141,6 +141,32 @@ def test_attention_between_activations_is_frozen_with_the_reason():
 
     groups = {group.name: group.frozen for group in channel_groups(Attention(), INPUT)}
     assert "contracted between activations" in groups["q"]
+
+
+@pytest.mark.parametrize("tokens", [Tokens, CodedTokens])
+def test_a_weight_that_is_repeated_for_each_sample_is_still_a_weight(tokens):
+    coupling = couple(tokens(CrossCovariance()), INPUT)
+    assert live(coupling) == CASES["cross-covariance"].live
+    repeated = {number for node in coupling.graph.nodes if node.module == "attention.proj" for number in node.outputs}
+    assert any(coupling.graph.values[number].shape == (2, 12, 16) for number in repeated)
+    assert "attention.proj.weight" in {consumer.weight for consumer in coupling.consumers}
+
+
+def test_a_buffer_that_samples_were_written_to_is_no_weight():
+    class Remembers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.key, self.head = nn.Conv2d(3, 8, 1), nn.Linear(8, 6), nn.Linear(6, 5)
+            self.register_buffer("memory", torch.zeros(6, 6))
+
+        def forward(self, x):
+            keys = self.key(self.conv(x).flatten(2).transpose(1, 2))
+            self.memory.add_(x.mean())
+            return self.head((keys @ self.memory).mean(1))
+
+    groups = {group.name: group.frozen for group in channel_groups(Remembers(), INPUT)}
+    assert groups["conv"] is None
+    assert "contracted between activations" in groups["key"]
 
 
 @pytest.mark.parametrize("norm", [nn.utils.parametrizations.spectral_norm, nn.utils.spectral_norm])

@@ -170,6 +170,7 @@ NOTHING_SEEN = {
     "relative-places",
     "grouped-heads",
     "one-head",
+    "cross-covariance",
 }
 """Read by products of activations, which count as alive."""
 

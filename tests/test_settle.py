@@ -54,6 +54,23 @@ class Reshaped(nn.Module):
         return x + self.out(heads.reshape(x.shape))
 
 
+class Covariant(nn.Module):
+    """Heads whose channels attend to each other, joined to the width of the input."""
+
+    def __init__(self, channels: int = 12, heads: int = 3) -> None:
+        super().__init__()
+        self.heads, self.code = heads, nn.Conv2d(1, channels, 1)
+        self.qkv, self.out = nn.Linear(channels, 3 * channels), nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        coded = x + self.code(torch.ones(len(x), 1, *x.shape[2:], dtype=x.dtype, device=x.device))
+        tokens = coded.flatten(2).transpose(1, 2)
+        n, places, width = tokens.shape
+        q, k, v = self.qkv(tokens).reshape(n, places, 3, self.heads, -1).permute(2, 0, 3, 4, 1).unbind(0)
+        made = (q @ k.transpose(2, 3) * 0.1).softmax(-1) @ v
+        return x + self.out(made.permute(0, 3, 1, 2).reshape(n, places, width)).transpose(1, 2).reshape(x.shape)
+
+
 class Held(nn.Module):
     """A number in the code holds one width of three."""
 
@@ -105,6 +122,7 @@ def live(coupling: Coupling) -> dict[str, str]:
     [
         (TwoWidths, {"0": "2x4", "0#2": "1x8"}),
         (Reshaped, {"0": "6x4"}),
+        (Covariant, {"0": "5x3"}),
         (Held, {"0": "1x12", "1.first": "1x8", "1.third": "1x12"}),
     ],
 )

@@ -23,14 +23,21 @@ def _axis_labels(walk: Walk, own: Planes, axis: int, where: str) -> Tensor | Non
     return found
 
 
-def _weight_name(walk: Walk, ref: Ref) -> str:
-    """Path of a parameter that is used as it is, also transposed; empty for one that is computed."""
+_TRANSPOSED = frozenset({"t", "transpose", "permute"})
+_REPEATED = frozenset({"expand", "view"})
+"""Ops that a product of stacks of matrices takes to give each sample the weight; the matrix stays what it is."""
+
+
+def weight_name(walk: Walk, ref: Ref) -> str:
+    """Path of a parameter that is used as it is, also transposed or repeated; empty for one that is computed."""
     value = walk.graph.values[ref.value]
     if value.name:
-        return value.name
+        return "" if value.per_sample else value.name
     for node in reversed(walk.graph.nodes[: walk.at]):
         if ref.value in node.outputs:
-            return _weight_name(walk, node.args[0]) if op_name(node) in {"t", "transpose", "permute"} else ""
+            source, name = node.args[0], op_name(node)
+            repeated = name in _REPEATED and walk.shape(source)[-2:] == walk.shape(ref)[-2:]
+            return weight_name(walk, source) if repeated or name in _TRANSPOSED else ""
     return ""
 
 
@@ -63,7 +70,7 @@ def read(
         return
     assert node.contraction is not None
     passed = torch.zeros_like(given) if passed_to is None else passed_to
-    walk.record.reads.append(Read(node.contraction, *place, given, passed, _weight_name(walk, weight), node.module))
+    walk.record.reads.append(Read(node.contraction, *place, given, passed, weight_name(walk, weight), node.module))
 
 
 @rule("convolution")

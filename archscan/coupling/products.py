@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from archscan.coupling import planes
-from archscan.coupling.contractions import read
+from archscan.coupling.contractions import read, weight_name
 from archscan.coupling.labels import Planes, WholeRows
 from archscan.coupling.walk import Walk, op_name, rule, unite_all
 from archscan.graph import Node, Ref
@@ -58,7 +58,8 @@ def product(walk: Walk, node: Node) -> Sequence[Planes]:
 
 def _look(walk: Walk, ref: Ref, axis: int, gap: int, out: Sequence[int]) -> _Operand:
     """Sort the planes of an operand, which is summed over `axis`; the product has the other operand's axis at `gap`."""
-    side = _Operand(not walk.graph.values[ref.value].per_sample)
+    # A weight that is repeated for each sample grows with the batch, but does not depend on the input.
+    side = _Operand(not walk.graph.values[ref.value].per_sample or bool(weight_name(walk, ref)))
     batch = 0 if len(walk.shape(ref)) == 3 else None
     for plane in walk.of(ref):
         varies = planes.varying(plane)
