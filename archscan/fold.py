@@ -11,8 +11,6 @@ gate exactly. One that is computed (standardised, predicted, an activation) is r
 
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,7 +25,7 @@ from archscan.rebuild import apply
 from archscan.surgery import Surgery, named_tensors
 from archscan.verify import TOLERANCE, output_tensors
 
-_VIEWS = frozenset({"t", "transpose", "permute"})
+_VIEWS = frozenset({"t", "transpose", "permute", "expand", "view"})
 """Ops that hand a weight on to its contraction."""
 
 
@@ -37,7 +35,7 @@ def foldable_units(coupling: Coupling) -> np.ndarray:
     The gates of the others have to stay at 1 (or 0 where the unit goes).
     """
     able_U = np.ones(coupling.unit_count, dtype=bool)
-    for consumer in map(partial(_with_weight, coupling), coupling.consumers):
+    for consumer in coupling.consumers:
         if _obstacle(coupling, consumer):
             able_U[consumer.units[consumer.units >= 0]] = False
     return able_U
@@ -82,7 +80,7 @@ def gated(model: nn.Module, coupling: Coupling, gates_U: np.ndarray) -> nn.Modul
     result = copy.deepcopy(model)
     tensors = dict(named_tensors(result))
     done: set[str] = set()
-    for consumer in map(partial(_with_weight, coupling), coupling.consumers):
+    for consumer in coupling.consumers:
         units = consumer.units[consumer.units >= 0]
         if consumer.weight in done or not (gates_U[units] != 1).any():
             continue
@@ -120,16 +118,6 @@ def _cut_units(coupling: Coupling, surgery: Surgery) -> np.ndarray:
 # Who can take up a gate -----------------------------------------------------------------------------------------------
 
 
-def _with_weight(coupling: Coupling, consumer: Consumer) -> Consumer:
-    """Name the weight of a consumer that hides it: ``linear`` expands its own where the input is not contiguous."""
-    if consumer.weight or coupling.graph is None or (consumer.units < 0).all():
-        return consumer
-    nodes = [node for node in coupling.graph.nodes if node.contraction == consumer.contraction]
-    names = {coupling.graph.values[number].name for node in nodes for number in node.tensors} & set(coupling.tensors)
-    weights = [name for name in names if any(axis.role == "in" for axis in coupling.tensors[name])]
-    return replace(consumer, weight=weights[0]) if len(weights) == 1 else consumer
-
-
 def _obstacle(coupling: Coupling, consumer: Consumer) -> str:
     """Say why a consumer's weight cannot take up gates; empty where it can."""
     if (consumer.units < 0).all():
@@ -139,8 +127,7 @@ def _obstacle(coupling: Coupling, consumer: Consumer) -> str:
     owners = [axis for axis in coupling.tensors.get(consumer.weight, ()) if axis.role == "in"]
     if len(owners) != 1:
         return f"{len(owners)} axes of {consumer.weight} read channels"
-    named = map(partial(_with_weight, coupling), coupling.consumers)
-    same = [other for other in named if other.weight == consumer.weight]
+    same = [other for other in coupling.consumers if other.weight == consumer.weight]
     read = _channels(owners[0], len(consumer.units))
     if not all(np.array_equal(other.units, read) for other in same):
         return f"{consumer.weight} reads other channels in another call"
