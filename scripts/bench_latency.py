@@ -116,7 +116,8 @@ def main() -> None:
     restart_with_quiet_memory(options.threads)
     torch.set_num_threads(options.threads)
     made = provenance(options.threads)
-    setting = {name: value for name, value in vars(options).items() if name not in ("output", "resume", "networks")}
+    apart = ("output", "resume", "networks", "batches", "runtimes")
+    setting = {name: value for name, value in vars(options).items() if name not in apart}
     path = options.output.with_name(f"{options.output.name}.cache.jsonl")
     cache = Cache(path, setting, lambda entry: Point(**entry), resume=options.resume)
     failures: dict[str, str] = {}
