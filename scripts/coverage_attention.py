@@ -49,12 +49,23 @@ def describe_attention(coupling: Coupling) -> dict[str, int]:
     modules = {node.module for node in products if node.module}
     numbers = {number for node in products for number in node.tensors}
     multiplied = {group for number in numbers for size in coupling.sizes(number) for group in size.per_step}
+    written = _written(coupling)
     found: Counter[str] = Counter()
     for index, group in enumerate(coupling.groups):
-        producers = {member.module for member in group.members if member.role == "out"}
-        inside = producers and any(
-            all(path == module or path.startswith(f"{module}.") for path in producers) for module in modules
-        )
-        if producers and (inside or index in multiplied):
-            found[_treatment(group)] += group.channels * len(group.units)
+        paths = written.get(index, {})
+        inside = [path for path in paths if any(path == module or path.startswith(f"{module}.") for module in modules)]
+        if index in multiplied or len(inside) == len(paths) > 0:
+            found[_treatment(group)] += sum(paths[path] for path in inside or paths)
     return dict(found.most_common())
+
+
+def _written(coupling: Coupling) -> dict[int, Counter[str]]:
+    """Count the channels of each group that each module writes."""
+    group_of = {unit: index for index, group in enumerate(coupling.groups) for fibre in group.units for unit in fibre}
+    found: dict[int, Counter[str]] = {}
+    for name, axes in coupling.tensors.items():
+        for axis in axes:
+            for unit in axis.units.reshape(-1).tolist() if axis.role == "out" else ():
+                if unit in group_of:
+                    found.setdefault(group_of[unit], Counter())[name.rpartition(".")[0]] += 1
+    return found
