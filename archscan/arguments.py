@@ -5,7 +5,9 @@ obvious: names of models and criteria are not checked here, since that would imp
 """
 
 import argparse
+import difflib
 import math
+import re
 from pathlib import Path
 from typing import NoReturn
 
@@ -32,7 +34,17 @@ class Parser(argparse.ArgumentParser):
         Raises:
             BadInput: Always.
         """
-        raise BadInput(f"{message[0].lower()}{message[1:]} (see {self.prog} --help)")
+        raise BadInput(f"{message[0].lower()}{message[1:]}{self._near(message)} (see {self.prog} --help)")
+
+    def _near(self, message: str) -> str:
+        """Name the options that a mistyped one may mean."""
+        typed = re.match(r"unrecognized arguments: (?:.* )?(--[\w-]+)", message)
+        if typed is None:
+            return ""
+        known = [name for name in self._option_string_actions if name.startswith("--")]
+        close = [name for name in known if typed[1].lstrip("-") in name.split("-")]  # --flops for --target-flops
+        close = close or difflib.get_close_matches(typed[1], known, n=2, cutoff=0.7)
+        return f"; did you mean {' or '.join(close[:3])}?" if close else ""
 
 
 class Version(argparse.Action):
@@ -140,9 +152,12 @@ def add_printing(group: argparse._ActionsContainer, what: str = "the summary", s
 
 def parse_ratio(text: str) -> float:
     """Read a kept fraction in (0, 1]."""
+    if text.endswith("%"):
+        share = parse_number(text[:-1])
+        raise argparse.ArgumentTypeError(f"{text!r} is a percentage; write it as a fraction, {share / 100:g}")
     ratio = parse_number(text)
     if not 0 < ratio <= 1:
-        hint = f"; {ratio:g}% is written {ratio / 100:g}" if 1 < ratio < 100 else ""
+        hint = f"; {ratio:g}% is written {ratio / 100:g}" if 2 <= ratio < 100 else ""
         raise argparse.ArgumentTypeError(f"{text} is not a kept fraction above 0 and at most 1 (0.6 keeps 60%){hint}")
     return ratio
 
@@ -188,6 +203,8 @@ def parse_auto_or_count(text: str) -> int | None:
 
 def parse_size(text: str) -> tuple[int, int]:
     """Read N or H,W in pixels."""
+    if re.fullmatch(r"\d+[^\d,.]\d+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is written with a comma: {re.sub('[^0-9]', ',', text)}")
     sides = [parse_count(side) for side in text.split(",")]
     if len(sides) > 2:
         raise argparse.ArgumentTypeError(f"{text!r} is neither one side N nor H,W")

@@ -5,6 +5,7 @@ first argument that is no command's name starts a slimming. Under ``torchrun`` s
 all processes; the first one alone does what else there is.
 """
 
+import difflib
 import os
 import shlex
 import signal
@@ -62,6 +63,7 @@ def _on_end(_signal: int, _frame: object) -> None:
 
 
 def _dispatch(typed: Sequence[str]) -> None:
+    typed = ["--help"] if list(typed) == ["help"] else typed
     command = typed[0] if typed and typed[0] in COMMANDS else None
     if command not in (None, "finetune") and not is_first():
         return
@@ -74,12 +76,33 @@ def _dispatch(typed: Sequence[str]) -> None:
     except SystemExit:  # how argparse ends --help and --version
         return
     except BadInput as error:
-        later = next((argument for argument in typed[1:] if argument in COMMANDS), None)
-        if command is None and later:
-            raise BadInput(f"{error}; a command comes first: archscan {later} …") from error
-        raise
+        remedy = None if command else _mistaken_command(typed)
+        if remedy is None:
+            raise
+        raise BadInput(remedy) from error
     handler(parsed, command_line)
 
+
+def _mistaken_command(typed: Sequence[str]) -> str | None:
+    """Say what was meant where the arguments of a slimming hold a command, or begin with what looks like one.
+
+    Without an option before it, a second argument that is no option can only follow a command.
+    """
+    later = next((argument for argument in typed[1:] if argument in COMMANDS), None)
+    if later:
+        return f"a command comes first: archscan {later} …"
+    if len(typed) < 2 or any(argument.startswith("-") for argument in typed[:2]):
+        return None
+    first, rest = typed[0], shlex.join(typed[1:])
+    if first in _SLIMMING:
+        return f"slimming has no command of its own; leave out {first!r}: archscan {rest}"
+    close = difflib.get_close_matches(first, COMMANDS, n=1)
+    hint = f"; did you mean archscan {close[0]}?" if close else "; archscan --help lists them"
+    return f"{first!r} is not a command{hint}"
+
+
+_SLIMMING = ("slim", "prune", "compress", "run", "shrink")
+"""What people try as the name of the default command."""
 
 COMMANDS: dict[str, tuple[Callable[[], ArgumentParser], Callable[[Namespace, str], None]]] = {
     "scan": (scan.make_parser, scan.run),

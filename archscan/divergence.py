@@ -166,6 +166,13 @@ def reads_values(graph: Graph) -> bool:
     return any(node.op is torch.ops.aten._local_scalar_dense.default for node in graph.nodes)
 
 
+def value_reader(graph: Graph) -> str | None:
+    """Say which module reads values that depend on the input, such as ``if x.sum() > 0``; None where none does."""
+    reads = torch.ops.aten._local_scalar_dense.default
+    found = (node for node in graph.nodes if node.op is reads and any(graph.values[n].per_sample for n in node.tensors))
+    return next((node.module or "the model itself" for node in found), None)
+
+
 def _integers(arguments: Any) -> list[int]:
     return [leaf for leaf in tree_flatten(arguments)[0] if type(leaf) is int]
 

@@ -49,6 +49,8 @@ def check_replaceable(
         BadInput: It is a file, exists without `overwrite`, holds anything else, or cannot be written.
     """
     target = Path(folder).expanduser().resolve()
+    if target == target.parent:
+        raise BadInput(f"{target} is the root of the disk; choose another output folder")
     check_place(target, target.parents)
     if target.is_dir():
         if not overwrite:

@@ -68,6 +68,11 @@ class ChannelGroup:
     members: tuple[Member, ...]
     frozen: str | None
 
+    def __repr__(self) -> str:
+        """Name, width, layers; the units of a wide group would fill a page."""
+        state = "" if self.frozen is None else f", frozen: {self.frozen}"
+        return f"ChannelGroup({self.name!r}, width {self.channels:,}, tensor axes {len(self.members):,}{state})"
+
     @property
     def steps(self) -> int:
         """Full width in steps."""
@@ -158,6 +163,11 @@ class Coupling:
     graph: Graph | None = None
     sizes: SizeOfValue | None = None
     parameters: Mapping[str, tuple[Size, ...]] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        """Give counts; what they count fills pages."""
+        free = sum(group.frozen is None for group in self.groups)
+        return f"Coupling({len(self.groups):,} channel groups, {free:,} of them free; {self.unit_count:,} units)"
 
 
 def couple(model: nn.Module, example_input: Any) -> Coupling:

@@ -1,5 +1,6 @@
 """The commands: options → stages → `Report`. Everything between the command line and the Python API."""
 
+import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -94,6 +95,7 @@ def slim_and_save(
     ready, folders = _ready(each[0], folders_of, place, progress)
     before = None
     for asked, folder, result in zip(each, folders, _slim(ready, each, place, progress), strict=True):
+        _require_change(result)
         result, report = conclude(result, ready.origin, asked, Stopwatch(ready.seconds), progress, before)
         before = None if report.accuracy is None else report.accuracy.before
         saved = Saved(report, folder.expanduser())
@@ -103,6 +105,13 @@ def slim_and_save(
             ready.origin.subject.model.to(place.device)
         place.share(None)
         yield saved
+
+
+def _require_change(result: SlimResult) -> None:
+    """Refuse a result that is the network that went in, as a target on time may leave it."""
+    plan = result.plan
+    if (plan.before.macs, plan.before.params) == (plan.after.macs, plan.after.params):
+        raise BadInput("the network meets the target as it is, so that nothing was removed; ask for less")
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,6 +157,8 @@ def _check_options(options: SlimOptions) -> None:
     named = DEFAULT_CRITERION if options.criterion in (None, AUTO) else options.criterion
     criterion(named)
     _budget(options)
+    if all(ratio == 1 and kind != "latency" for kind, ratio in _targets(options)):
+        raise BadInput("a target of 1 keeps everything, so that nothing would be removed; ask for less, such as 0.6")
     check_asked(options)
     if options.exports:
         check_formats(options.exports)
@@ -288,7 +299,10 @@ def list_command(pattern: str | None) -> list[str]:
     """
     found = [f"{name.source}:{name.name}" for name in list_networks(pattern)]
     if not found:
-        raise BadInput(f"no network matches {pattern!r}; try a shell pattern such as '*resnet*'")
+        names = dict.fromkeys(network.name for network in list_networks())
+        close = difflib.get_close_matches(str(pattern).strip("*").lower(), names, n=3)
+        hint = f"did you mean {', '.join(close)}?" if close else "try a shell pattern such as '*resnet*'"
+        raise BadInput(f"no network matches {pattern!r}; {hint}")
     return found
 
 

@@ -71,6 +71,12 @@ class Plan:
     saliency_lost_uniform: float
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        """Give costs and number of groups; the units of a large network would fill pages."""
+        macs = 100 * self.after.macs / max(self.before.macs, 1)
+        params = 100 * self.after.params / max(self.before.params, 1)
+        return f"Plan({macs:.1f}% of the MACs, {params:.1f}% of the parameters, {len(self.kept):,} channel groups)"
+
     @property
     def widened(self) -> tuple[str, ...]:
         """Names of the groups that get wider."""

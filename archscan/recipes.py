@@ -11,6 +11,7 @@ import importlib.util
 import inspect
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -100,7 +101,8 @@ def list_networks(pattern: str | None = None) -> list[NetworkName]:
     """List what can be opened by name, sorted within timm, torchvision and reference.
 
     Args:
-        pattern: A shell pattern (``resnet*``), or a part of a name; upper and lower case are the same. None lists all.
+        pattern: A shell pattern (``resnet*``), or a part of a name; upper and lower case are the same. With a colon it
+            is one of source and name (``reference:*``). None lists all.
     """
     trained = {name.partition(".")[0] for name in timm.list_models(pretrained=True)}
     found = [NetworkName("timm", name, name in trained) for name in sorted(timm.list_models())]
@@ -111,7 +113,9 @@ def list_networks(pattern: str | None = None) -> list[NetworkName]:
     wanted = pattern.lower()
     if not any(character in wanted for character in "*?["):
         wanted = f"*{wanted}*"
-    return [network for network in found if fnmatch.fnmatchcase(network.name.lower(), wanted)]
+    whole = ":" in wanted
+    names = [f"{network.source}:{network.name}" if whole else network.name for network in found]
+    return [each for each, name in zip(found, names, strict=True) if fnmatch.fnmatchcase(name.lower(), wanted)]
 
 
 def _torchvision_names() -> list[str]:
@@ -216,11 +220,10 @@ def split_file_name(name: str) -> tuple[Path, str] | None:
 def build_from_file(recipe: Recipe, *, seed: int = 0) -> nn.Module:
     """Run the file that a recipe names, and call its factory: only where the user named that file.
 
-    The factory is called with the recipe's arguments, and the model is put into eval mode. What the file's own code
-    raises passes through.
+    The factory is called with the recipe's arguments, and the model is put into eval mode.
 
     Raises:
-        BadInput: The file or its factory is missing, cannot be imported, takes other arguments, or returns no module.
+        BadInput: The file or its factory is missing, takes other arguments, returns no module, or its code raises.
     """
     _check_kwargs(recipe)
     parts = split_file_name(recipe.name)
@@ -238,9 +241,15 @@ def build_from_file(recipe: Recipe, *, seed: int = 0) -> nn.Module:
         except TypeError as error:
             given = ", ".join(recipe.kwargs) or "no arguments"
             raise BadInput(f"{factory_name} in {file} cannot be called with {given}: {error}") from error
-        model = factory(**recipe.kwargs)
+        try:
+            model = factory(**recipe.kwargs)
+        except RAISED_BY_CODE as error:
+            raise BadInput(f"{factory_name} in {file} fails: {what_was_raised(error, file)}; mend it first") from error
     if not isinstance(model, nn.Module):
-        raise BadInput(f"{factory_name} in {file} returned a {type(model).__name__}; it must return a torch.nn.Module")
+        raise BadInput(
+            f"{factory_name} in {file} returned {repr(model)[:60]} ({type(model).__name__}); "
+            "it must return a torch.nn.Module"
+        )
     return model.eval()
 
 
@@ -265,6 +274,22 @@ def _run_file(file: Path) -> ModuleType:
     sys.modules[spec.name] = module
     try:
         spec.loader.exec_module(module)
-    except (SyntaxError, ImportError, OSError) as error:
-        raise BadInput(f"{file} cannot be imported: {type(error).__name__}: {error}") from error
+    except RAISED_BY_CODE as error:
+        raise BadInput(f"{file} cannot be imported: {what_was_raised(error, file)}; mend it first") from error
     return module
+
+
+RAISED_BY_CODE = (
+    *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, OSError),
+    *(RuntimeError, SyntaxError, TypeError, ValueError, MemoryError, StopIteration),
+)
+"""What a mistake in a user's own code may raise: everything that Python and PyTorch raise of themselves."""
+
+
+def what_was_raised(error: BaseException, file: Path) -> str:
+    """Say in a line what was raised, and which line of the user's file it came from, where it came from there."""
+    lines = str(error).strip().splitlines()
+    frames = traceback.extract_tb(error.__traceback__)
+    inside = [frame.lineno for frame in frames if Path(frame.filename).resolve() == file.resolve()]
+    place = f" (line {inside[-1]})" if inside else ""
+    return f"{type(error).__name__}: {lines[0]}{place}" if lines else f"{type(error).__name__}{place}"

@@ -53,12 +53,15 @@ def notes_of(options: SlimOptions, images: Images, criterion: str) -> Iterator[s
     """Give what a user has to know of the images, a sentence each."""
     calibration = images.calibration
     if calibration is not None and not images.labels_fit and reads_images(criterion):
-        why = "noise has none" if calibration.is_synthetic else "the classes of the data are not the model's"
+        count = len(calibration.classes)
+        own = f"the {count} class{'es' * (count > 1)} of the data {'are' if count > 1 else 'is'} not the model's"
+        why = "noise has none" if calibration.is_synthetic else own
         yield f"Labels were drawn from the model's own predictions (the true Fisher), since {why}."
     for what, found in (("calibration", calibration), ("evaluation", images.evaluation)):
         if found is not None and found.skipped:
             names = ", ".join(found.skipped[:3]) + (f" and {len(found.skipped) - 3} more" * (len(found.skipped) > 3))
-            yield f"{len(found.skipped)} {what} images could not be read and were skipped: {names}."
+            several = "s could not be read and were" if len(found.skipped) > 1 else " could not be read and was"
+            yield f"{len(found.skipped)} {what} image{several} skipped: {names}."
     wanted = options.data.samples
     if calibration is not None and wanted is not None and len(calibration) < wanted:
         yield f"There were only {len(calibration)} of the {wanted} calibration images asked for."

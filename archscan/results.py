@@ -167,6 +167,11 @@ class SlimResult:
     confidence: Mapping[str, float] = field(default_factory=dict)
     lossless: numbers.Lossless | None = None
 
+    def __repr__(self) -> str:
+        """One short line, as a notebook shows it; everything in it is in `summary`."""
+        proof = "proven" if self.verification.applicable and self.verification.passed else "see .verification"
+        return f"{type(self).__name__}({type(self.model).__name__}, {self.plan!r}, {proof})"
+
     @property
     def summary(self) -> dict[str, Any]:
         """The numbers of this run, as ``summary.json`` has them."""
@@ -234,6 +239,7 @@ def report_of(result: SlimResult, context: Context | None = None) -> Report:
             result.verification.max_abs_error,
             result.verification.tolerance,
             result.verification.passed,
+            result.verification.largest_output,
         ),
         accuracy=context.accuracy,
         recovery=result.recovery,

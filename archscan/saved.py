@@ -39,6 +39,8 @@ def read_result(folder: Path) -> tuple[Report, Recipe | None, tuple[Plan, ...]]:
     Raises:
         BadInput: A file is missing or damaged, or the two disagree.
     """
+    if folder.is_file():
+        raise BadInput(f"{folder} is a file; give a folder that archscan saved (a shell's DIR/*/ names folders only)")
     if not folder.is_dir():
         raise BadInput(f"there is no folder {folder}; give one that archscan saved")
     report = read_report(folder / SUMMARY_FILE)
@@ -66,6 +68,8 @@ def open_saved(folder: Path) -> Subject:
         example = torch.randn(1, preprocessing.channels, *preprocessing.input_size)
     classes = _count_classes(model, example, folder)
     info = WeightsInfo("saved", str(folder), f"slimmed from {report.model}")
+    if report.weights is not None and report.weights.kind == "random" and not report.history:
+        info = WeightsInfo("random", str(folder), f"{folder} was made from random weights, and was not trained since")
     return Subject(model, example, recipe, folder.resolve().name, info, preprocessing, classes)
 
 

@@ -42,6 +42,7 @@ from archscan.stages import (
     Job,
     Saliency,
     Stopwatch,
+    branching_warnings,
     run_rounds,
     scored_by_one_of,
     where_of,
@@ -244,6 +245,7 @@ def _slim(job: Job, calibration: Calibration, analysis: Analysis, found: Salienc
     plan, timing = _plan_of_all_rounds(job, last), _timing(job, last)
     warnings = ["The saliency was scored on synthetic noise; pass calibration data."] if calibration.synthetic else []
     warnings += [] if timing is None else time_warnings(timing, plan)
+    warnings += branching_warnings(analysis)
     return SlimResult(
         model=last.model.eval(),
         plan=replace(plan, provenance=_provenance(job)),

@@ -21,6 +21,7 @@ from archscan.hubs import NoPretrainedWeights, pretrained_model
 from archscan.recipes import (
     MAX_CLASSES,
     MAX_SIDE_PIXELS,
+    RAISED_BY_CODE,
     NetworkName,
     Recipe,
     build,
@@ -30,6 +31,7 @@ from archscan.recipes import (
     seeded,
     split_file_name,
     torchvision_weights,
+    what_was_raised,
 )
 from archscan.reference_nets import IMAGENET_MEAN, IMAGENET_STD, REFERENCE_NETS
 from archscan.weights import WeightsInfo, check_finite, load_into, load_state_file
@@ -328,22 +330,29 @@ def _open_file(name: str, wanted: _Wanted) -> Subject:
         0.875,
     )
     subject = _subject(model, recipe, info, _with_options(own, wanted), 0, wanted.seed)
-    return replace(subject, num_classes=_count_outputs(subject))
+    return replace(subject, num_classes=_count_outputs(subject, sized=wanted.input_size is not None))
 
 
-def _count_outputs(subject: Subject) -> int:
+def _count_outputs(subject: Subject, *, sized: bool) -> int:
     shape = tuple(subject.example_input.shape)
     try:
         with torch.no_grad():
             output = subject.model(subject.example_input)
-    except (RuntimeError, ValueError, TypeError, AssertionError, IndexError) as error:
-        raise BadInput(f"the model cannot take an input of shape {shape}: {error}; pass --input-size") from error
+    except RAISED_BY_CODE as error:
+        parts = split_file_name(subject.recipe.name)
+        raised = what_was_raised(error, parts[0] if parts else Path(subject.recipe.name))
+        if "required positional argument" in str(error):
+            remedy = "the command line gives it one batch of images; use archscan.slim from Python for more inputs"
+        else:
+            remedy = "see that it runs on such images" if sized else "pass --input-size if it wants another one"
+        raise BadInput(f"the model cannot take an input of shape {shape}: {raised}; {remedy}") from error
     if not isinstance(output, Tensor) or output.ndim != 2:
         what = (
             f"a tensor of shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
         )
         raise BadInput(
-            f"the model of {subject.name} returns {what}, not one row of class scores per image; use archscan.slim"
+            f"the model of {subject.name} returns {what}, not one row of class scores per image; use archscan.slim "
+            "from Python, with a loss_fn of its own"
         )
     return output.shape[1]
 

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map
 from archscan.criteria import criterion as find_criterion
 from archscan.criteria import score
 from archscan.detailing import CHEAP_NEEDS, agreement_of
+from archscan.divergence import value_reader
 from archscan.errors import BadInput, RebuildMismatch
 from archscan.gate_statistics import GateStatistics, Need
 from archscan.gates import collect
@@ -383,3 +384,15 @@ def _recovered(
     with job.watch.stage("recover"), job.progress(f"Recalibrating BatchNorm{where}") as step:
         again = recalibrate_batchnorm(rebuilt.model, calibration.batches, step)
     return again.model, again.clause(), None
+
+
+def branching_warnings(analysis: Analysis) -> list[str]:
+    """Warn of a forward that another input may take another way through."""
+    graph = analysis.coupling.graph
+    reader = None if graph is None else value_reader(graph)
+    if reader is None:
+        return []
+    return [
+        f"The forward of {reader} reads values that depend on its input, so that another input may take another way "
+        "through it; only the way of the example input was analysed and proven."
+    ]

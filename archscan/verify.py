@@ -54,6 +54,8 @@ class Verification:
         dtype: The arithmetic of the comparison, ``float64`` or ``float32``.
         passed: Whether the slim network is right, as far as could be seen.
         proof: What was done.
+        largest_output: Largest magnitude of the masked original's outputs, which the tolerance is relative to; None
+            where it does not apply.
     """
 
     applicable: bool
@@ -63,6 +65,7 @@ class Verification:
     dtype: str
     passed: bool
     proof: Proof = "masked original"
+    largest_output: float | None = None
 
 
 def output_tensors(output: Any) -> list[Tensor]:
@@ -223,10 +226,11 @@ def _compare(played: Played, dtype: torch.dtype, tolerance: float | None) -> Ver
         return Verification(True, "the outputs have other shapes", None, None, name, False)
     if not all(bool(tensor.isfinite().all()) for tensor in (*expected, *found)):
         return Verification(True, "an output is not finite", None, None, name, False)
-    error, allowed = _difference(expected, found), relative * _largest(expected)
+    largest = _largest(expected)
+    error, allowed = _difference(expected, found), relative * largest
     passed = error <= allowed
     reason = "" if passed else f"the outputs differ by {error:.3g} where rounding explains {allowed:.3g}"
-    return Verification(True, reason, error, allowed, name, passed)
+    return Verification(True, reason, error, allowed, name, passed, largest_output=largest)
 
 
 def _largest(tensors: list[Tensor]) -> float:

@@ -22,8 +22,8 @@ from archscan.errors import BadInput
 
 WeightsKind = Literal["pretrained", "random", "file", "saved", "given"]
 
-_NESTED = ("state_dict", "model", "model_state_dict")
-_PREFIXES = ("module.", "_orig_mod.")
+_WRAPPERS = ("module.", "_orig_mod.")
+_PREFIXES = (*_WRAPPERS, "model.", "net.", "network.", "backbone.")
 _DAMAGED = (
     OSError,
     RuntimeError,
@@ -62,13 +62,13 @@ class WeightsInfo:
 def load_state_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Read a state dict: ``.safetensors``, or ``.pt``, ``.pth``, ``.bin``, ``.ckpt`` without running what they hold.
 
-    A state dict nested under ``state_dict`` or ``model`` is found, and the prefix that a parallel or compiled wrapper
-    puts before every key is taken off.
+    A state dict inside a checkpoint is found, and the prefix that a parallel or compiled wrapper puts before every key
+    is taken off. Where there are several, such as a moving average beside the weights, ``FILE:NAME`` says which.
 
     Raises:
         BadInput: There is no such file, it is damaged, holds code, or holds other things than tensors.
     """
-    file = Path(path)
+    file, wanted = _file_and_name(Path(path))
     if not file.is_file():
         raise BadInput(
             f"there is no weights file {file}; pass a .safetensors, .pt or .pth file, or auto, pretrained or random"
@@ -81,7 +81,13 @@ def load_state_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         raise BadInput(
             f"{file} has an unknown ending; weights are read from .safetensors, .pt, .pth, .bin or .ckpt files"
         )
-    return _as_state_dict(content, file)
+    return _as_state_dict(content, file, wanted)
+
+
+def _file_and_name(path: Path) -> tuple[Path, str]:
+    """Read ``FILE:NAME`` as a file and the name of a state dict in it; the name is empty where there is none."""
+    file, colon, name = str(path).rpartition(":")
+    return (Path(file), name) if colon and not path.exists() and Path(file).is_file() else (path, "")
 
 
 def _read_safetensors(file: Path) -> dict[str, Tensor]:
@@ -112,20 +118,48 @@ def _read_torch(file: Path) -> Any:
         ) from error
 
 
-def _as_state_dict(content: Any, file: Path) -> dict[str, Tensor]:
-    for key in _NESTED:
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-            break
+def _as_state_dict(content: Any, file: Path, wanted: str) -> dict[str, Tensor]:
+    held = {str(key): each for key, each in content.items() if _is_state_dict(each)} if _has_names(content) else {}
+    if wanted and wanted not in held:
+        raise BadInput(f"{file} holds no state dict {wanted!r}; it holds {', '.join(held) or 'no named one'}")
+    if len(held) > 1 and not wanted:
+        raise BadInput(
+            f"{file} holds several state dicts ({_few(list(held))}); say which, such as {file}:{next(iter(held))}"
+        )
+    content = held[wanted or next(iter(held))] if held else content
     if not isinstance(content, Mapping) or not content:
         raise BadInput(f"{file} holds no state dict (names and their tensors); save model.state_dict()")
     others = [str(key) for key, value in content.items() if not isinstance(value, Tensor) or not isinstance(key, str)]
     if others:
         raise BadInput(f"{file} holds other things than tensors ({_few(others)}); save model.state_dict() alone")
     state = dict(content)
+    while prefix := next((each for each in _WRAPPERS if all(key.startswith(each) for key in state)), ""):
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return state
+
+
+def _has_names(content: Any) -> bool:
+    """Say whether something is a checkpoint: a mapping, but not itself of tensors."""
+    return isinstance(content, Mapping) and not _is_state_dict(content)
+
+
+def _is_state_dict(content: Any) -> bool:
+    if not isinstance(content, Mapping) or not content:
+        return False
+    return all(isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items())
+
+
+def _aligned(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Take a prefix off all keys, or put it back, where that makes them the model's own; else leave them."""
+    keys = {key for key in own if not key.endswith("num_batches_tracked")}
+    if keys <= state.keys():
+        return state
     for prefix in _PREFIXES:
-        if all(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
+        off = {key.removeprefix(prefix): value for key, value in state.items()}
+        on = {f"{prefix}{key}": value for key, value in state.items()}
+        for changed in (off, on):
+            if len(changed) == len(state) and keys <= changed.keys() <= own.keys():
+                return changed
     return state
 
 
@@ -141,6 +175,7 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> Non
         BadInput: Keys or shapes do not fit, or a value is not finite.
     """
     own = model.state_dict()
+    state = _aligned(state, own)
     missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
     unexpected = [key for key in state if key not in own]
     unlike = [key for key in own if key in state and not _fits(state[key], own[key])]
@@ -170,7 +205,9 @@ def _fits(new: Tensor, old: Tensor) -> bool:
 def _refuse_other_classes(
     state: Mapping[str, Tensor], own: Mapping[str, Tensor], unlike: list[str], origin: str
 ) -> None:
-    """Where only leading sizes differ, all in the same way, the file has another number of classes: say so."""
+    """Where only leading sizes differ, the last layer's too, all in one way, the number of classes does: say so."""
+    if [key for key in own if own[key].ndim > 1][-1] not in unlike:
+        return
     heads = {(state[key].shape[:1], own[key].shape[:1]) for key in unlike}
     if len(heads) != 1 or any(state[key].shape[1:] != own[key].shape[1:] for key in unlike):
         return

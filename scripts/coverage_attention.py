@@ -52,7 +52,7 @@ def describe_attention(coupling: Coupling) -> dict[str, int]:
     written = _written(coupling)
     found: Counter[str] = Counter()
     for index, group in enumerate(coupling.groups):
-        paths = written.get(index, {})
+        paths = written.get(index, Counter())
         inside = [path for path in paths if any(path == module or path.startswith(f"{module}.") for module in modules)]
         if index in multiplied or len(inside) == len(paths) > 0:
             found[_treatment(group)] += sum(paths[path] for path in inside or paths)

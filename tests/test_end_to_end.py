@@ -227,7 +227,7 @@ def test_unreadable_images_are_counted_named_and_skipped(typed, tmp_path):
     assert ran.code == 0
     assert summary_of("out")["data"]["skipped"] == ["a/broken.png"]
     notes = " ".join(summary_of("out")["notes"])
-    assert "1 calibration images could not be read" in notes
+    assert "1 calibration image could not be read" in notes
     assert "only 6 of the 50" in notes
 
 

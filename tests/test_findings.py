@@ -452,8 +452,11 @@ def test_reports_say_the_same_everywhere(waste_found):
         on.print(render(report))
     printed = " ".join(capture.get().split())
     for each in report.findings[:8]:
+        assert f"{each.rank} {each.kind}: {each.where[0]}" in printed
+    for each in report.findings[:3]:
         for sentence in (each.seen, each.why, each.remedy, each.option):
             assert sentence in printed
+    assert report.findings[3].seen not in printed
     assert views.lossless_line(report) is None
 
 

@@ -219,7 +219,7 @@ SCHEMA = {
     "before": "macs params activations peak_bytes",
     "after": "macs params activations peak_bytes",
     "keep_ratio": "macs params",
-    "verification": "applicable reason max_abs_error tolerance passed",
+    "verification": "applicable reason max_abs_error tolerance passed largest_output",
     "accuracy": "before after samples",
     "saliency_lost": "plan uniform",
     "environment": "torch device threads python",
@@ -478,6 +478,12 @@ def test_banners_come_before_the_numbers(colour):
     assert 0 < text.index("RANDOM WEIGHTS") < text.index("SYNTHETIC DATA") < text.index("Cost of one input")
     assert views.banners(resnet_report()) == ()
     assert "random weights" in printed(render_verdict(random_report()))
+
+
+def test_the_error_of_the_proof_is_relative_to_the_outputs():
+    proof = Verification(True, "", 1.2e-5, 12.0, True, largest_output=1.2e10)
+    line = views.verification_line(resnet_report(verification=proof))
+    assert "largest difference 1.0e-15 of the largest output, tolerance 1e-09 (measured)" in line
 
 
 def test_a_failed_verification_is_in_verdict_and_banner():

@@ -509,7 +509,7 @@ def test_a_factorys_weights_can_be_replaced(factories, tmp_path):
         ("constant", {}, "has no function constant"),
         ("needy", {}, "cannot be called with no arguments"),
         ("fixed", {"num_classes": 3}, "cannot be called with num_classes"),
-        ("nothing", {}, "returned a str"),
+        ("nothing", {}, "returned 'not a module' \\(str\\)"),
         ("maps", {}, "not one row of class scores"),
         ("deep", {"input_size": 32}, "cannot take an input of shape \\(1, 3, 32, 32\\)"),
         ("tiny", {"weights": "random"}, "decides about its weights"),

@@ -23,6 +23,9 @@ from archscan.widths import WidthRule
 FAR_BELOW = 2.0
 """A redundant group loses at least so many times what the network loses, at most half way from there to everything."""
 
+SMALL = 0.2
+"""A group that loses less than this share of its saliency loses little."""
+
 MOST_REDUNDANT = 8
 """Groups that are named one by one, those that save most first."""
 
@@ -85,11 +88,12 @@ def _redundant(
         level="group",
         where=(group.name,),
         seen=f"{seen}{own.votes()}{own.spans()}.",
-        why=f"The other {group.channels - kept:,} channels cost {100 * macs:.1f}% of the MACs and hold only "
-        f"{100 * lost:.1f}% of the group's saliency.",
+        why=f"The other {group.channels - kept:,} channels cost {100 * macs:.1f}% of the MACs and hold "
+        f"{'only ' * (lost < SMALL)}{100 * lost:.1f}% of the group's saliency.",
         remedy="Let a plan narrow it, as this one does; a design from scratch may start from that width.",
         option=f"--target-flops {_ratio(1 - macs)}",
-        gain=f"{100 * macs:.1f}% of the MACs and {100 * params:.1f}% of the parameters, at little loss",
+        gain=f"{100 * macs:.1f}% of the MACs and {100 * params:.1f}% of the parameters"
+        + (", at little loss" if lost < SMALL else ""),
         confidence=confidence,
         measured_on=network.measured_on,
         saving=saving,
@@ -160,7 +164,7 @@ def silent_findings(network: Network, silent_U: np.ndarray, images: int) -> Iter
             network,
             found,
             images,
-            seen=f"{_channels(found, 'was', 'were')} never active, on none of {images:,} images and at no position.",
+            seen=f"{_channels(found, 'was', 'were')} never active, at any position of any of {images:,} images.",
             why=" and do nothing on images like these; others might wake them.",
             remedy="Let a plan take them, which it does at no loss, since their saliency is 0.",
         )

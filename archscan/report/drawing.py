@@ -38,10 +38,15 @@ def single_line(sentence: str, alarms: Iterable[str] = ()) -> RenderableType:
 
 def section(title: str, body: RenderableType, note: str = "") -> Iterator[RenderableType]:
     """Yield a title and what stands below it."""
+    yield from heading(title, note)
+    yield Padding(body, (0, 0, 1, 2), expand=False)
+
+
+def heading(title: str, note: str = "") -> Iterator[RenderableType]:
+    """Yield a title and its note."""
     yield Text(clean(title), style=TITLE)
     if note:
         yield Padding(Text(note, style=FAINT), (0, 0, 0, 2), expand=False)
-    yield Padding(body, (0, 0, 1, 2), expand=False)
 
 
 def sentences(title: str, said: Sequence[str], style: str = "") -> Iterator[RenderableType]:

@@ -9,6 +9,7 @@ plotting library draws.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -96,7 +97,8 @@ def _summary(report: Report) -> dict[str, Any]:
         "input_line": views.input_line(report),
         "everything": views.widths(report),
         "free": views.widths(report, frozen=False),
-        "findings": report.findings,
+        "findings": [replace(item, option=views.finding_command(report, item)) for item in report.findings],
+        "proof": views.verification_line(report).rstrip(".") if report.verification is not None else "",
         "findings_shown": FINDINGS_SHOWN,
         "kinds": FINDING_KINDS,
         "bottlenecks": views.bottleneck_rows(report),

@@ -134,6 +134,8 @@ class Verification:
         max_abs_error: Largest absolute difference between their outputs; None where not compared.
         tolerance: The largest that passes.
         passed: Whether all checks that apply passed.
+        largest_output: Largest magnitude of the masked original's outputs, weights and statistics being random; None
+            where not compared, or not noted.
     """
 
     applicable: bool
@@ -141,6 +143,7 @@ class Verification:
     max_abs_error: float | None
     tolerance: float | None
     passed: bool
+    largest_output: float | None = None
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from archscan.options import ProgressCallback, ProgressFactory
+
+
+class _Count(MofNCompleteColumn):
+    """How much of how much is done; nothing where that is not known."""
+
+    def render(self, task: Task) -> Text:
+        """Write ``3/8``."""
+        return super().render(task) if task.total else Text("")
 
 
 def progress_on(console: Console, *, hidden: bool = False) -> ProgressFactory:
@@ -23,18 +32,13 @@ def progress_on(console: Console, *, hidden: bool = False) -> ProgressFactory:
 
     @contextmanager
     def progress(description: str) -> Iterator[ProgressCallback]:
-        columns = (
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-        )
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), _Count(), TimeRemainingColumn())
         disable = hidden or not console.is_terminal
         with Progress(*columns, console=console, transient=True, disable=disable) as bar:
             task = bar.add_task(description, total=None)
 
             def advance(done: int, total: int) -> None:
-                bar.update(task, completed=done, total=total)
+                bar.update(task, completed=done, total=total or None)  # 0 where nobody knows: the bar pulses
 
             yield advance
 

@@ -32,6 +32,7 @@ from archscan.report.drawing import (
     clean,
     columns,
     command_lines,
+    heading,
     headline,
     pairs,
     section,
@@ -40,6 +41,9 @@ from archscan.report.drawing import (
 )
 from archscan.report.model import Evaluation, GroupRow, Report
 from archscan.report.views import percent, plural, si
+
+IN_FULL = 3
+"""Findings that are told in full; of the others the headings say enough, and the HTML report has all."""
 
 
 class PlainConsole(Console):
@@ -237,23 +241,32 @@ def _finding_section(report: Report) -> Iterator[RenderableType]:
     if not report.findings:
         return
     hidden = len(report.findings) - TOP
-    note = f"the first is the one to act on first{f'; {hidden:,} more in the report' if hidden > 0 else ''}"
-    lines = [line for item in report.findings[:TOP] for line in (*_finding_lines(item), Text(""))]
-    yield from section("Findings", Group(*lines[:-1]), note)
+    short = f", and the first {IN_FULL} are told in full" if len(report.findings) > IN_FULL else ""
+    note = f"the first is the one to act on first{short}{f'; {hidden:,} more in the report' if hidden > 0 else ''}"
+    yield from heading("Findings", note)
+    for item in report.findings[:IN_FULL]:
+        yield from (*_finding_lines(item, views.finding_command(report, item)), Text(""))
+    others = report.findings[IN_FULL:TOP]
+    yield from (_finding_head(item) for item in others)
+    yield from [Text("")] if others else []
 
 
-def _finding_lines(item: Finding) -> Iterator[RenderableType]:
-    """Yield a heading, the sentences, and the command in a line of its own that never wraps."""
+def _finding_lines(item: Finding, option: str) -> Iterator[RenderableType]:
+    """Yield a heading, the sentences, and the command in a line of its own that never wraps, inside of nothing."""
+    yield _finding_head(item)
+    gain = f" Gain: {item.gain}." if item.gain else ""
+    yield Padding(Text(clean(f"{item.seen} {item.why} {item.remedy}{gain}")), (0, 0, 0, 6), expand=False)
+    if option:
+        yield Text(f"      {clean(option)}", style=KEPT, no_wrap=True, overflow="ignore")
+
+
+def _finding_head(item: Finding) -> RenderableType:
     others = f" and {len(item.where) - 1:,} more" if len(item.where) > 1 else ""
     sure = "" if item.confidence is None else f", {100 * item.confidence:.0f}% sure"
     on = f", on {item.measured_on}" if item.measured_on else ""
     where = item.where[0] if item.where and item.where[0] else "the model itself"
-    head = clean(f"{item.kind}: {where}{others}")
-    yield Text.assemble((f"{item.rank:>2}  ", FAINT), (head, TITLE), (clean(f"{sure}{on}"), FAINT))
-    gain = f" Gain: {item.gain}." if item.gain else ""
-    yield Padding(Text(clean(f"{item.seen} {item.why} {item.remedy}{gain}")), (0, 0, 0, 4))
-    if item.option:
-        yield Text(f"    {clean(item.option)}", style=KEPT, no_wrap=True, overflow="ignore")
+    said = (clean(f"{item.kind}: {where}{others}"), TITLE), (clean(f"{sure}{on}"), FAINT)
+    return Padding(Text.assemble((f"{item.rank:>2}  ", FAINT), *said), (0, 0, 0, 2), expand=False)
 
 
 def _bottleneck_section(report: Report) -> Iterator[RenderableType]:

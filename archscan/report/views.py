@@ -4,12 +4,13 @@ Terminal and HTML print the same rows, so the two can never disagree. The decisi
 compare before and after name how each number came about, counted, measured or estimated, in the sentence itself.
 """
 
+import shlex
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from archscan.findings import Bottleneck
-from archscan.report.model import NOISE, RANDOM_WEIGHTS, Environment, GroupRow, Report
+from archscan.findings import Bottleneck, Finding
+from archscan.report.model import NOISE, RANDOM_WEIGHTS, Environment, GroupRow, Report, Verification
 
 INPUT_NOTE = "1 MAC = 1 FLOP"
 PEAK_NOTE = "counted, live activations"
@@ -239,6 +240,41 @@ def bottleneck_rows(report: Report) -> tuple[tuple[Bottleneck, GroupRow], ...]:
     return tuple((item, by_name[item.group]) for item in report.bottlenecks if item.group in by_name)
 
 
+_MODEL_AND_DATA = ("--weights", "--input-size", "--num-classes", "--data", "--samples", "--mean", "--std")
+_TARGETS = ("--target-flops", "--target-params", "--target-latency", "--target-memory")
+
+
+def finding_command(report: Report, item: Finding) -> str:
+    """Return what to type for a finding: this run's network, weights and images, and the finding's option.
+
+    It keeps the budget where the option neither names one nor needs none. The option alone where the command line of
+    the run does not show the network.
+    """
+    try:
+        words = shlex.split(report.command_line)
+    except ValueError:  # an edited summary
+        return item.option
+    named = [word for word in words[1:3] if word not in ("scan", "widen", "sweep")][:1]
+    if not item.option or not named or named[0].startswith("-"):
+        return item.option
+    model = [*named, *_given(words, _MODEL_AND_DATA)]
+    if " MODEL " in item.option:
+        return item.option.replace(" MODEL ", f" {shlex.join(model)} ")
+    has_own = any(name in item.option for name in (*_TARGETS, "--lossless"))
+    return f"archscan {shlex.join([*model, *([] if has_own else _given(words, _TARGETS))])} {item.option}"
+
+
+def _given(words: Sequence[str], names: Sequence[str]) -> list[str]:
+    """List the options of these names, with their values, as they were typed."""
+    found: list[str] = []
+    for word, value in zip(words, (*words[1:], ""), strict=True):
+        if word in names:
+            found += [word, value]
+        elif word.partition("=")[0] in names:
+            found.append(word)
+    return found
+
+
 def stuck_groups(report: Report) -> frozenset[str]:
     """Return the names of the groups that are capacity bottlenecks."""
     found = [
@@ -268,12 +304,19 @@ def verification_line(report: Report) -> str:
         )
         return f"Equality does not apply ({proof.reason}). {outcome}"
     outcome = "passed" if proof.passed else "FAILED"
-    error = "no number" if proof.max_abs_error is None else f"{proof.max_abs_error:.1e}"
-    bound = "" if proof.tolerance is None else f", tolerance {proof.tolerance:.1e}"
     how = f", {proof.reason}" if proof.passed and proof.reason else ""
     wider = report.command == "widen" and not top_givers(report, 1)
     against = "original" if wider else "masked original"
-    return f"{outcome}: rebuilt network against {against}{how}, largest difference {error}{bound} (measured)"
+    return f"{outcome}: rebuilt network against {against}{how}, largest difference {_differing(proof)} (measured)"
+
+
+def _differing(proof: Verification) -> str:
+    """Say how far outputs are apart; relative to the largest, since random weights make outputs of any size."""
+    if proof.max_abs_error is None:
+        return "no number"
+    unit, of = (proof.largest_output, " of the largest output") if proof.largest_output else (1.0, "")
+    bound = "" if proof.tolerance is None else f", tolerance {proof.tolerance / unit:.0e}"
+    return f"{proof.max_abs_error / unit:.1e}{of}{bound}"
 
 
 def lossless_line(report: Report) -> str | None:

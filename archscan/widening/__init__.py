@@ -173,8 +173,8 @@ def _bottlenecks(found: SlimResult, find_at: float) -> tuple[list[ChannelGroup],
     share = f"{100 * find_at:g}% of the MACs"
     if not seen:
         raise BadInput(
-            f"no channel group stands out as a bottleneck at {share}; look at another share of them, or name the "
-            "groups to widen"
+            f"no channel group stands out as a bottleneck at {share}; look at another share of them (--find-at, "
+            "find_at=), or name the groups to widen (--only, only=)"
         )
     names = [f"{each.group} {100 * each.keep_ratio:.0f}%" for each in seen]
     listed = ", ".join(names[:MOST_LISTED]) + (" …" if len(names) > MOST_LISTED else "")
