@@ -103,7 +103,9 @@ def _sizes(network: str) -> tuple[tuple[tuple[int, ...], ...], bool]:
             channels, own, fixed = config.input_size[0], config.input_size[-1], bool(config.fixed_input_size)
     elif _task(name) == "video":
         return CLIPS, False
-    least = 256 if source == "torchvision" and _task(name) == "detection" else 0  # below, a pyramid's top is one pixel
+    least = 0
+    if source == "torchvision" and _task(name) == "detection":
+        least, own = 256, 320  # below, the top of a pyramid is one pixel; SSD300 has no top below 300
     sides = [*(side for side in SIDES if least <= side < own), max(own, least)]
     return tuple((channels, side, side) for side in sides), fixed
 
