@@ -140,11 +140,14 @@ def add_output(
     return group
 
 
-def add_printing(group: argparse._ActionsContainer, what: str = "the summary", short: str = "the verdict only") -> None:
-    """Add in which form to print; `what` and `short` are named in the help of ``--json`` and ``--quiet``."""
+def add_printing(
+    group: argparse._ActionsContainer, what: str = "the summary", short: str = "the verdict only"
+) -> argparse._MutuallyExclusiveGroup:
+    """Add in which form to print, of which one is chosen; `what` and `short` are named in the help of them."""
     printed = group.add_mutually_exclusive_group()
     printed.add_argument("--json", action="store_true", help=f"print {what} as JSON and nothing else")
     printed.add_argument("--quiet", action="store_true", help=f"print {short}")
+    return printed
 
 
 # -------------------------------------------------------------- values

@@ -129,7 +129,7 @@ def test_the_list_of_options_is_frozen():
     printing = {"--json", "--quiet"}
     assert options_of(scan.make_parser()) == {"--input-size", "--num-classes", "--protect", *printing}
     assert options_of(list_networks.make_parser()) == set()
-    assert options_of(show.make_parser()) == printing
+    assert options_of(show.make_parser()) == {"--findings", *printing}
     running = {"--data", "--samples", "--batch-size", "--device", "--threads"}
     assert options_of(evaluate.make_parser()) == running | printing
     assert options_of(audit.make_parser()) == {

@@ -174,6 +174,18 @@ def test_show_prints_what_the_run_printed(typed, saved):
     assert json.loads(typed("show", saved, "--json").out) == summary_of(saved)
 
 
+def test_show_tells_every_finding_in_full(typed, saved):
+    findings = summary_of(saved)["findings"]
+    shown = typed("show", saved, "--findings")
+    assert shown.code == 0
+    assert findings
+    said = " ".join(shown.out.split())
+    assert "was slimmed to" not in said
+    for finding in findings:
+        assert all(finding[part] in said for part in ("seen", "why", "remedy", "gain", "option"))
+    assert typed("show", saved, "--findings", "--json").code == 2
+
+
 def test_a_criterion_of_weights_reads_no_images(typed):
     ran = typed(
         *[

@@ -30,6 +30,13 @@ def print_report(report: "Report", output: OutputOptions, folder: Path | None = 
         show(render_verdict(report) if output.quiet else render(report, folder), console(sys.stdout))
 
 
+def print_findings(report: "Report") -> None:
+    """Print every finding of a report in full."""
+    from archscan.report.terminal import console, render_findings, show
+
+    show(render_findings(report), console(sys.stdout))
+
+
 def print_evaluation(evaluation: "Evaluation", output: OutputOptions) -> None:
     """Print an accuracy in the form that was asked for."""
     from archscan.report.model import json_text

@@ -3,14 +3,15 @@
 import argparse
 
 from archscan.arguments import Parser, add_printing, add_saved, read_printing
-from archscan.commands.printing import print_report
+from archscan.commands.printing import print_findings, print_report
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of ``archscan show DIR``."""
     parser = Parser(prog="archscan show", allow_abbrev=False, description="Print a saved result again.")
     add_saved(parser)
-    add_printing(parser.add_argument_group("output"))
+    printed = add_printing(parser.add_argument_group("output"))
+    printed.add_argument("--findings", action="store_true", help="print every finding in full, and nothing else")
     return parser
 
 
@@ -18,4 +19,8 @@ def run(parsed: argparse.Namespace, command_line: str) -> None:
     """Print the report of a saved result."""
     from archscan import pipeline
 
-    print_report(pipeline.show_command(parsed.folder), read_printing(parsed), parsed.folder)
+    report = pipeline.show_command(parsed.folder)
+    if parsed.findings:
+        print_findings(report)
+    else:
+        print_report(report, read_printing(parsed), parsed.folder)

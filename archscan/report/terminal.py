@@ -84,6 +84,13 @@ def render(report: Report, saved_to: Path | None = None) -> RenderableType:
     )
 
 
+def render_findings(report: Report) -> RenderableType:
+    """Return every finding in full, as the HTML report has them; a sentence where there is none."""
+    if not report.findings:
+        return Text("There are no findings.")
+    return Group(*heading("Findings", "the first is the one to act on first"), *_findings_in_full(report))
+
+
 def show(renderable: RenderableType, on: Console) -> None:
     """Print; where the output is no terminal, without the spaces that pad tables to the right.
 
@@ -240,15 +247,17 @@ def _branch_table(branches: Sequence[BranchRow]) -> Table:
 def _finding_section(report: Report) -> Iterator[RenderableType]:
     if not report.findings:
         return
-    hidden = len(report.findings) - TOP
-    short = f", and the first {IN_FULL} are told in full" if len(report.findings) > IN_FULL else ""
-    note = f"the first is the one to act on first{short}{f'; {hidden:,} more in the report' if hidden > 0 else ''}"
-    yield from heading("Findings", note)
-    for item in report.findings[:IN_FULL]:
-        yield from (*_finding_lines(item, views.finding_command(report, item)), Text(""))
+    short = f"; all {len(report.findings):,} in full: archscan show DIR --findings"
+    yield from heading("Findings", f"the first is the one to act on first{short if report.findings[IN_FULL:] else ''}")
+    yield from _findings_in_full(report, IN_FULL)
     others = report.findings[IN_FULL:TOP]
     yield from (_finding_head(item) for item in others)
     yield from [Text("")] if others else []
+
+
+def _findings_in_full(report: Report, most: int | None = None) -> Iterator[RenderableType]:
+    for item in report.findings[:most]:
+        yield from (*_finding_lines(item, views.finding_command(report, item)), Text(""))
 
 
 def _finding_lines(item: Finding, option: str) -> Iterator[RenderableType]:
