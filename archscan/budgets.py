@@ -105,13 +105,13 @@ def _limits_of_part(costs: CostModel, budget: Budget, narrowest_G: np.ndarray) -
     if dense == 0:
         raise BadInput(f"the network has no {noun} to save; set the target on something that it has")
     if narrowest > limit:
-        # rounded up, so that the printed end of the range can be asked for
-        lowest = math.ceil(Fraction(narrowest, dense) * 1000) / 1000
         if narrowest == dense:
             raise InfeasibleBudget(
                 f"nothing of the {noun} can be saved: every channel group is frozen, protected or at its minimum "
                 "width; see why with archscan scan, or choose another target"
             )
+        # rounded up, so that the printed end of the range can be asked for
+        lowest = math.ceil(Fraction(narrowest, dense) * 1000) / 1000
         raise InfeasibleBudget(
             f"a target of {budget.ratio:g} of the dense {noun} is below what the minimum widths, the frozen and the "
             f"protected groups allow (reachable: {lowest:.3f} to 1.000 of the dense {noun}); ask for more"

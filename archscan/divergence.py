@@ -161,15 +161,18 @@ def _put(hints: list[tuple[int, int]], pairs: list[tuple[int, int]], place: int)
     return [*rest[:place], *hints, *rest[place + len(hints) :]]
 
 
+_READS_A_VALUE = torch.ops.aten._local_scalar_dense.default
+
+
 def reads_values(graph: Graph) -> bool:
     """Say whether the forward reads values of tensors, so that it cannot run on the meta device."""
-    return any(node.op is torch.ops.aten._local_scalar_dense.default for node in graph.nodes)
+    return any(node.op is _READS_A_VALUE for node in graph.nodes)
 
 
 def value_reader(graph: Graph) -> str | None:
     """Say which module reads values that depend on the input, such as ``if x.sum() > 0``; None where none does."""
-    reads = torch.ops.aten._local_scalar_dense.default
-    found = (node for node in graph.nodes if node.op is reads and any(graph.values[n].per_sample for n in node.tensors))
+    readers = (node for node in graph.nodes if node.op is _READS_A_VALUE)
+    found = (node for node in readers if any(graph.values[number].per_sample for number in node.tensors))
     return next((node.module or "the model itself" for node in found), None)
 
 

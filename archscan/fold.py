@@ -18,15 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from archscan.capture import ContractionMode, split_input, train_mode
+from archscan.coupling.contractions import REPEATED, TRANSPOSED
 from archscan.errors import BadInput, RebuildMismatch
 from archscan.graph import Graph, Node
 from archscan.groups import AxisUnits, Consumer, Coupling
 from archscan.rebuild import apply
 from archscan.surgery import Surgery, named_tensors
 from archscan.verify import TOLERANCE, output_tensors
-
-_VIEWS = frozenset({"t", "transpose", "permute", "expand", "view"})
-"""Ops that hand a weight on to its contraction."""
 
 
 def foldable_units(coupling: Coupling) -> np.ndarray:
@@ -158,7 +156,7 @@ def _stranger(graph: Graph, weight: str, readers: set[int]) -> Node | None:
     for node in graph.nodes:
         if not numbers & set(node.tensors) or node.contraction in readers:
             continue
-        if str(node.op).split(".")[1] not in _VIEWS:
+        if str(node.op).split(".")[1] not in TRANSPOSED | REPEATED:
             return node
         numbers.update(number for number in node.outputs if number is not None)
     return None

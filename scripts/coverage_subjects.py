@@ -106,7 +106,7 @@ def _sizes(network: str) -> tuple[tuple[tuple[int, ...], ...], bool]:
     least = 0
     if source == "torchvision" and _task(name) == "detection":
         least, own = 256, 320  # below, the top of a pyramid is one pixel; SSD300 has no top below 300
-    sides = [*(side for side in SIDES if least <= side < own), max(own, least)]
+    sides = [*(side for side in SIDES if least <= side < own), own]
     return tuple((channels, side, side) for side in sides), fixed
 
 

@@ -19,6 +19,7 @@ from archscan.options import silent
 from archscan.recipes import list_networks
 from archscan.remarks import Images, notes_of
 from archscan.report import views
+from archscan.report.advice import finding_command
 from archscan.report.html import render_html
 from archscan.report.progress import progress_on
 from archscan.report.terminal import console, render, show
@@ -235,7 +236,7 @@ def test_a_finding_gives_the_whole_command(result):
 
     def command(option, line=typed):
         found = replace(finding, option=option)
-        return views.finding_command(replace(report, command_line=line), found)
+        return finding_command(replace(report, command_line=line), found)
 
     widen = "archscan widen MODEL --only 0"
     finding = archscan.findings.Finding(1, "capacity", "group", ("0",), "A.", "B.", "C.", widen)

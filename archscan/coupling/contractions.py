@@ -23,9 +23,11 @@ def _axis_labels(walk: Walk, own: Planes, axis: int, where: str) -> Tensor | Non
     return found
 
 
-_TRANSPOSED = frozenset({"t", "transpose", "permute"})
-_REPEATED = frozenset({"expand", "view"})
-"""Ops that a product of stacks of matrices takes to give each sample the weight; the matrix stays what it is."""
+TRANSPOSED = frozenset({"t", "transpose", "permute"})
+"""Ops that hand a weight on to its contraction."""
+
+REPEATED = frozenset({"expand", "view"})
+"""The same in a product of stacks of matrices, which gives each sample the weight; the matrix stays what it is."""
 
 
 def weight_name(walk: Walk, ref: Ref) -> str:
@@ -36,8 +38,8 @@ def weight_name(walk: Walk, ref: Ref) -> str:
     for node in reversed(walk.graph.nodes[: walk.at]):
         if ref.value in node.outputs:
             source, name = node.args[0], op_name(node)
-            repeated = name in _REPEATED and walk.shape(source)[-2:] == walk.shape(ref)[-2:]
-            return weight_name(walk, source) if repeated or name in _TRANSPOSED else ""
+            repeated = name in REPEATED and walk.shape(source)[-2:] == walk.shape(ref)[-2:]
+            return weight_name(walk, source) if repeated or name in TRANSPOSED else ""
     return ""
 
 

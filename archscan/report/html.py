@@ -18,6 +18,7 @@ from markupsafe import Markup
 
 from archscan.findings import Finding
 from archscan.report import handover, page_data, views
+from archscan.report.advice import finding_command
 from archscan.report.branches import branch_rows
 from archscan.report.model import Report
 from archscan.report.page import fill, template
@@ -97,7 +98,7 @@ def _summary(report: Report) -> dict[str, Any]:
         "input_line": views.input_line(report),
         "everything": views.widths(report),
         "free": views.widths(report, frozen=False),
-        "findings": [replace(item, option=views.finding_command(report, item)) for item in report.findings],
+        "findings": [replace(item, option=finding_command(report, item)) for item in report.findings],
         "proof": views.verification_line(report).rstrip(".") if report.verification is not None else "",
         "findings_shown": FINDINGS_SHOWN,
         "kinds": FINDING_KINDS,

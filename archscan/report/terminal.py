@@ -18,6 +18,7 @@ from rich.text import Text
 
 from archscan.findings import Finding
 from archscan.report import handover, views
+from archscan.report.advice import finding_command
 from archscan.report.branches import BranchRow, branch_rows
 from archscan.report.drawing import (
     BAD,
@@ -257,7 +258,7 @@ def _finding_section(report: Report) -> Iterator[RenderableType]:
 
 def _findings_in_full(report: Report, most: int | None = None) -> Iterator[RenderableType]:
     for item in report.findings[:most]:
-        yield from (*_finding_lines(item, views.finding_command(report, item)), Text(""))
+        yield from (*_finding_lines(item, finding_command(report, item)), Text(""))
 
 
 def _finding_lines(item: Finding, option: str) -> Iterator[RenderableType]:

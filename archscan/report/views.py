@@ -4,12 +4,11 @@ Terminal and HTML print the same rows, so the two can never disagree. The decisi
 compare before and after name how each number came about, counted, measured or estimated, in the sentence itself.
 """
 
-import shlex
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from archscan.findings import Bottleneck, Finding
+from archscan.findings import Bottleneck
 from archscan.report.model import NOISE, RANDOM_WEIGHTS, Environment, GroupRow, Report, Verification
 
 INPUT_NOTE = "1 MAC = 1 FLOP"
@@ -238,41 +237,6 @@ def bottleneck_rows(report: Report) -> tuple[tuple[Bottleneck, GroupRow], ...]:
     """Return each bottleneck with the group that it names; a name that no group has is left out."""
     by_name = {group.name: group for group in report.groups}
     return tuple((item, by_name[item.group]) for item in report.bottlenecks if item.group in by_name)
-
-
-_MODEL_AND_DATA = ("--weights", "--input-size", "--num-classes", "--data", "--samples", "--mean", "--std")
-_TARGETS = ("--target-flops", "--target-params", "--target-latency", "--target-memory")
-
-
-def finding_command(report: Report, item: Finding) -> str:
-    """Return what to type for a finding: this run's network, weights and images, and the finding's option.
-
-    It keeps the budget where the option neither names one nor needs none. The option alone where the command line of
-    the run does not show the network.
-    """
-    try:
-        words = shlex.split(report.command_line)
-    except ValueError:  # an edited summary
-        return item.option
-    named = [word for word in words[1:3] if word not in ("scan", "widen", "sweep")][:1]
-    if not item.option or not named or named[0].startswith("-"):
-        return item.option
-    model = [*named, *_given(words, _MODEL_AND_DATA)]
-    if " MODEL " in item.option:
-        return item.option.replace(" MODEL ", f" {shlex.join(model)} ")
-    has_own = any(name in item.option for name in (*_TARGETS, "--lossless"))
-    return f"archscan {shlex.join([*model, *([] if has_own else _given(words, _TARGETS))])} {item.option}"
-
-
-def _given(words: Sequence[str], names: Sequence[str]) -> list[str]:
-    """List the options of these names, with their values, as they were typed."""
-    found: list[str] = []
-    for word, value in zip(words, (*words[1:], ""), strict=True):
-        if word in names:
-            found += [word, value]
-        elif word.partition("=")[0] in names:
-            found.append(word)
-    return found
 
 
 def stuck_groups(report: Report) -> frozenset[str]:
