@@ -27,7 +27,8 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from archscan.errors import BadInput
 from archscan.graph import Graph, Kind, Node, Ref, Value, leaves_of, replace_tensors
-from archscan.meta_shapes import OUTPUTS
+from archscan.meta_shapes import bare
+from archscan.meta_shapes import run as run_op
 
 _CONVOLUTIONS = frozenset(f"conv{kind}{dims}d" for kind in ("", "_transpose") for dims in (1, 2, 3))
 _PRODUCTS = frozenset({"linear", "bilinear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "mv", "dot", "addmm"})
@@ -38,7 +39,7 @@ CONTRACTIONS = _CONVOLUTIONS | _PRODUCTS | _OTHERS | _ATTENTION
 """Names of the Python-level functions that sum products over channels, in the order of whose calls gates are placed."""
 
 
-_FORWARD_ERRORS = (RuntimeError, NotImplementedError, AssertionError, ValueError, TypeError, IndexError)
+FORWARD_ERRORS = (RuntimeError, NotImplementedError, AssertionError, ValueError, TypeError, IndexError)
 """What the forward of a model that cannot take an input may raise; `capture` turns it into a refusal."""
 
 
@@ -82,9 +83,6 @@ class ContractionMode(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-_PRODUCT_OPS = frozenset({torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default})
-
-
 class _Recorder(TorchDispatchMode):
     """Append a `Node` for every ATen op; tensors are numbered by identity, and kept alive so that it stays unique."""
 
@@ -121,7 +119,7 @@ class _Recorder(TorchDispatchMode):
 
         recorded_args = tuple(replace_tensors(arg, refer) for arg in args)
         recorded_kwargs = {key: replace_tensors(value, refer) for key, value in kwargs.items()}
-        result = self._outputs(func, args, kwargs)
+        result = run_op(func, args, kwargs)
         per_sample = any(self.values[ref].per_sample for ref in refs)
         outputs = tuple(
             self.number(leaf, "activation", per_sample) if isinstance(leaf, Tensor) else None
@@ -141,14 +139,6 @@ class _Recorder(TorchDispatchMode):
             )
         )
         return result
-
-    def _outputs(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if func in _PRODUCT_OPS and len({leaf.dtype for leaf in leaves_of(args) if isinstance(leaf, Tensor)}) > 1:
-            raise RuntimeError(f"{func} is given tensors of several dtypes")  # which goes unseen on meta
-        make = OUTPUTS.get(func)
-        plain = make is not None and isinstance(args[0], Tensor) and args[0].device.type == "meta"
-        made = make(*args, **kwargs) if make is not None and plain else None
-        return func(*args, **kwargs) if made is None else made
 
     def _mark_per_sample(self, outputs: Sequence[int | None]) -> None:
         """A buffer that a sample was written into depends on the sample from then on."""
@@ -187,11 +177,12 @@ def train_mode(model: nn.Module, training: bool) -> Iterator[None]:
     """Put every module of `model` into train or eval mode, and put each back as it was."""
     before = {module: module.training for module in model.modules()}
     try:
-        model.train(training)
+        model.train(training)  # in the same mode too: some modules drop what they cached
         yield
     finally:
         for module, mode in before.items():
-            module.training = mode
+            if module.training is not mode:
+                module.training = mode
 
 
 def split_input(example_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -266,7 +257,7 @@ def _record_on_meta(model: nn.Module, example_input: Any, batch_size: int, train
     tensors: dict[str, Tensor] = {}
     for kind, items in _named_tensors(model):
         for name, tensor in items:
-            tensors[name] = torch.empty_like(tensor, device="meta")
+            tensors[name] = bare(tensor)
             named[id(tensors[name])] = (kind, name)
     args, kwargs = split_input(with_batch(example_input, batch_size, "meta"))
     for leaf in _tensors((args, kwargs)):
@@ -383,10 +374,10 @@ def record_once(model: nn.Module, example_input: Any, *, training: bool, batch_s
         raise BadInput("the example input holds a sparse tensor; pass dense ones, as .to_dense() makes them")
     try:
         return _record_on_meta(model, example_input, batch_size, training)
-    except _FORWARD_ERRORS as on_meta:
+    except FORWARD_ERRORS as on_meta:
         try:
             return _record_on_cpu(model, example_input, batch_size, training)
-        except _FORWARD_ERRORS as error:
+        except FORWARD_ERRORS as error:
             shapes = ", ".join(str(tuple(leaf.shape)) for leaf in inputs)
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             mode = "train" if training else "eval"

@@ -3,12 +3,14 @@
 The cut network runs on the meta device under a dispatch mode that compares every op, its integers and the shapes of
 what it returns with the prediction, and stops at the first that differs.
 
-The decision that is not obvious: the mode lies above the recorder of `capture` and counts only the ops of the model's
-own forward, so that both runs are numbered alike.
+The decision that is not obvious: nothing is recorded of the cut network. Trials run it many times, and its ops are
+counted as they come, as those of the original were numbered.
 """
 
-import sys
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from itertools import chain
 from typing import Any
 
 import torch
@@ -16,9 +18,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from archscan.capture import record_once
-from archscan.errors import BadInput
-from archscan.graph import Graph
+from archscan.capture import FORWARD_ERRORS, split_input, train_mode, with_batch
+from archscan.graph import Graph, leaves_of
+from archscan.meta_shapes import bare
+from archscan.meta_shapes import run as run_op
 
 Hints = Mapping[int, Sequence[tuple[int, int]]]
 """Node number → (old, new) integers, in the order in which they stand beside each other in the op's arguments."""
@@ -46,65 +49,31 @@ class Divergence(Exception):
 
 
 class _Comparison(TorchDispatchMode):
-    """Lies above the recorder of `capture` and compares every op of the model's forward with the prediction.
+    """Compare every op of the model's forward with the prediction; `index` is the number of the next node."""
 
-    Attributes:
-        index: Number of the next node.
-        runs: How often the model's forward was entered; `capture` enters it again where it cannot run on meta.
-    """
-
-    def __init__(self, root: type[nn.Module], graph: Graph, predicted: Predicted | None, hints: Hints) -> None:
+    def __init__(self, graph: Graph, predicted: Predicted | None, hints: Hints) -> None:
         super().__init__()
-        self.root, self.graph, self.predicted, self.hints = root, graph, predicted, hints
-        self.run_to_compare = 2 if reads_values(graph) else 1
-        self.runs, self.index = 0, 0
-        self.failure = "it failed outside of any op"
-        self.entered: nn.Module | None = None
-        seen: set[int] = set()
-        self.fresh: list[list[int | None]] = []  # per node, the outputs that are seen for the first time
-        for node in graph.nodes:
-            self.fresh.append([None if number in seen else number for number in node.outputs])
-            seen.update(number for number in (*node.tensors, *node.outputs) if number is not None)
-
-    def enter(self, module: nn.Module, _args: Any) -> None:
-        """Notice that the model's forward begins: from here on, see its ops before `capture` does."""
-        if self.entered is not None or not isinstance(module, self.root):
-            return
-        self.runs += 1
-        if self.runs > self.run_to_compare:
-            raise Divergence(self.index, self.failure)
-        self.entered = module
-        if self.runs == self.run_to_compare:
-            self.__enter__()
-
-    def leave(self, module: nn.Module, _args: Any, _output: Any) -> None:
-        """Notice that the model's forward ends."""
-        if module is not self.entered:
-            return
-        self.entered = None
-        error = sys.exc_info()[1]  # this hook runs inside the handler of whatever the forward raised
-        if error is not None:
-            self.failure = str(error)
-        if self.runs == self.run_to_compare:
-            self.__exit__(None, None, None)
+        self.graph, self.predicted, self.hints = graph, predicted, hints
+        self.index = 0
+        self.alive: list[Any] = []  # torch detaches what a factory made if it is held elsewhere, as `capture` does
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if self._is_extra_copy(func):
-            return func(*args, **(kwargs or {}))
-        if func.namespace == "profiler":  # a label, which `capture` does not record either
-            return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func.namespace == "profiler" or self._is_extra_copy(func):  # a label, which `capture` does not record either
+            return run_op(func, args, kwargs)
         at = self.index
         if at >= len(self.graph.nodes) or func not in (self.graph.nodes[at].op, _AS_WELL.get(self.graph.nodes[at].op)):
             raise Divergence(min(at, len(self.graph.nodes) - 1), f"it ran {func} out of turn")
-        self._check_integers(at, (args, kwargs or {}))
+        self._check_integers(at, (args, kwargs))
         _check_norm(at, func, args)
         try:
-            result = func(*args, **(kwargs or {}))
+            result = run_op(func, args, kwargs)
         except (RuntimeError, NotImplementedError, ValueError, TypeError, IndexError) as error:
             raise Divergence(at, str(error)) from error
-        self._check_shapes(at, tree_flatten(result)[0])
+        self.alive.append(result)
+        self._check_shapes(at, leaves_of(result))
         self.index += 1
         return result
 
@@ -131,9 +100,10 @@ class _Comparison(TorchDispatchMode):
             raise Divergence(at, f"{node.op} needs other amounts")
 
     def _check_shapes(self, at: int, leaves: Sequence[Any]) -> None:
-        if len(leaves) != len(self.fresh[at]):
-            raise Divergence(at, f"{self.graph.nodes[at].op} returned {len(leaves)} tensors, not {len(self.fresh[at])}")
-        for leaf, number in zip(leaves, self.fresh[at], strict=True):
+        numbers = self.graph.first_seen[at]
+        if len(leaves) != len(numbers):
+            raise Divergence(at, f"{self.graph.nodes[at].op} returned {len(leaves)} tensors, not {len(numbers)}")
+        for leaf, number in zip(leaves, numbers, strict=True):
             if self.predicted is None or number is None or not isinstance(leaf, Tensor):
                 continue
             if tuple(leaf.shape) != tuple(self.predicted[number]):
@@ -180,24 +150,51 @@ def _integers(arguments: Any) -> list[int]:
     return [leaf for leaf in tree_flatten(arguments)[0] if type(leaf) is int]
 
 
+def run_under(
+    mode: TorchDispatchMode, model: nn.Module, example_input: Any, *, on_meta: bool, training: bool, batch_size: int
+) -> None:
+    """Run one forward pass under a mode, as `record_once` does, and record nothing; raises what the forward raises."""
+    if not on_meta:
+        model = copy.deepcopy(model).cpu()
+    args, kwargs = split_input(with_batch(example_input, batch_size, "meta" if on_meta else "cpu"))
+    named = chain(model.named_parameters(), model.named_buffers()) if on_meta else ()
+    # Whether a matmul is folded, torch decides by `requires_grad`, which what `record_once` runs on does not have.
+    tensors = {name: bare(tensor) for name, tensor in named if not tensor.is_meta or tensor.requires_grad}
+    device = torch.device("meta") if on_meta else nullcontext()
+    with train_mode(model, training), _buffers_kept(model), torch.no_grad(), mode, device:
+        if tensors:
+            torch.func.functional_call(model, tensors, args, kwargs)
+        else:
+            model(*args, **kwargs)
+
+
+@contextmanager
+def _buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Put back the buffers that a forward replaces."""
+    before = [(module._buffers, dict(module._buffers)) for module in model.modules() if module._buffers]
+    try:
+        yield
+    finally:
+        for buffers, tensors in before:
+            buffers.update(tensors)
+
+
 def divergence(
     model: nn.Module, example_input: Any, graph: Graph, predicted: Predicted | None, hints: Hints
 ) -> Divergence | None:
     """Run the cut network beside the original's graph; return where it first departs from the prediction, or None."""
-    comparison = _Comparison(type(model), graph, predicted, hints)
-    handles = [
-        nn.modules.module.register_module_forward_pre_hook(comparison.enter),
-        nn.modules.module.register_module_forward_hook(comparison.leave, always_call=True),
-    ]
+    comparison = _Comparison(graph, predicted, hints)
     try:
-        record_once(model, example_input, training=graph.training, batch_size=graph.batch_size)
+        run_under(
+            comparison,
+            model,
+            example_input,
+            on_meta=not reads_values(graph),
+            training=graph.training,
+            batch_size=graph.batch_size,
+        )
     except Divergence as diverged:
         return diverged
-    except BadInput as error:
-        return Divergence(min(comparison.index, len(graph.nodes) - 1), str(error.__cause__ or error))
-    finally:
-        for handle in handles:
-            handle.remove()
-        if comparison.entered is not None:  # an interruption, after which no hook is called
-            comparison.leave(comparison.entered, None, None)
+    except FORWARD_ERRORS as error:
+        return Divergence(min(comparison.index, len(graph.nodes) - 1), str(error))
     return None

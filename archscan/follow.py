@@ -10,7 +10,9 @@ a result needs no run.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain, islice, product
 from typing import Any, Literal
 
@@ -18,7 +20,8 @@ from torch import nn
 
 from archscan.divergence import Divergence, Hints, Predicted, divergence, reads_values
 from archscan.errors import RebuildMismatch
-from archscan.graph import Graph, Node
+from archscan.graph import Graph
+from archscan.spies import Reads, Spies
 from archscan.surgery import set_sizes, sizes_of
 
 Attributes = Mapping[str, Mapping[str, int | tuple[int, ...]]]
@@ -35,37 +38,16 @@ class CannotFollow(RebuildMismatch):
         module: Its path.
         detail: What was seen there.
         node: Number of the op of the recorded run; the count of all of them where only train mode fails.
-        found: The attributes that were changed by then.
+        clues: What had helped by then.
     """
 
-    def __init__(self, module: str, detail: str, node: int, found: "Attributes | None" = None) -> None:
+    def __init__(self, module: str, detail: str, node: int, clues: "Sequence[Clue]" = ()) -> None:
         where = module or "the model"
         super().__init__(f"the forward of {where} cannot run with fewer channels ({detail}); protect that module")
         self.module = module
         self.detail = detail
         self.node = node
-        self.found: Attributes = found or {}
-
-
-def _differing(pairs: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    return [(old, new) for old, new in pairs if old != new]
-
-
-def _changes(graph: Graph, predicted: Predicted, node: Node) -> list[tuple[int, int]]:
-    """List the (old, new) sizes that differ in the tensors of a node."""
-    found: dict[tuple[int, int], None] = {}
-    for number in (*node.tensors, *node.outputs):
-        if number is not None:
-            found.update(dict.fromkeys(_differing(zip(graph.values[number].shape, predicted[number], strict=True))))
-    return list(found)
-
-
-def _parents(path: str) -> Iterator[str]:
-    """Yield a module path and those of the modules around it, innermost first."""
-    while path:
-        yield path
-        path = path.rpartition(".")[0]
-    yield ""
+        self.clues = tuple(clues)
 
 
 Change = tuple[tuple[str, int | tuple[int, ...]], ...]
@@ -76,40 +58,112 @@ Source = Literal["op", "module", "multiple"]
 
 _SOURCES: tuple[Source, ...] = ("op", "module", "multiple")
 
-Reads = Mapping[str, set[str]]
-"""Module path → names of the attributes that a forward read."""
+Places = frozenset[tuple[str, int]]
+"""Which elements of which attributes are changed."""
 
 
-@contextmanager
-def _spied(model: nn.Module, possible: bool) -> Iterator[Reads]:
-    """Note which attributes are read, by putting each module into a subclass of its class for a while.
+@dataclass(frozen=True)
+class Clue:
+    """A change that let a run get further.
 
-    Nothing is noted where that is not possible, because a copy of the model runs.
+    Attributes:
+        node: Number of the op that it let the run get past.
+        path: The module that was changed.
+        change: Its new values.
+        source: Where they were found.
+        places: Which of its sizes they are.
     """
-    reads: dict[str, set[str]] = {}
-    spies: dict[type[nn.Module], type[nn.Module]] = {}
-    names: dict[int, set[str]] = {}
 
-    def spy(kind: type[nn.Module]) -> type[nn.Module]:
-        def note(module: nn.Module, name: str) -> Any:
-            if id(module) in names:
-                names[id(module)].add(name)
-            return kind.__getattribute__(module, name)
+    node: int
+    path: str
+    change: Change
+    source: Source
+    places: Places
 
-        return type(kind.__name__, (kind,), {"__getattribute__": note, "__module__": kind.__module__})
 
-    before = [(path, module, type(module)) for path, module in model.named_modules() if possible]
-    try:
-        for path, module, kind in before:
-            if kind not in spies:
-                spies[kind] = spy(kind)
-            module.__class__ = spies[kind]
-            reads[path] = names[id(module)] = set()
-        yield reads
-    finally:
-        names.clear()
-        for _, module, kind in before:
-            module.__class__ = kind
+def attributes_of(clues: Iterable[Clue]) -> Attributes:
+    """Collect the new values of all attributes."""
+    found: dict[str, dict[str, int | tuple[int, ...]]] = {}
+    for clue in clues:
+        found.setdefault(clue.path, {}).update(clue.change)
+    return found
+
+
+def _places(module: nn.Module, change: Change) -> Places:
+    """Say which sizes a change would change."""
+    news = ((name, (value,) if isinstance(value, int) else value) for name, value in change)
+    return frozenset(
+        (name, place)
+        for name, new in news
+        for place, (old, size) in enumerate(zip(sizes_of(module, name) or (), new, strict=True))
+        if old != size
+    )
+
+
+def _parents(path: str) -> Iterator[str]:
+    """Yield a module path and those of the modules around it, innermost first."""
+    while path:
+        yield path
+        path = path.rpartition(".")[0]
+    yield ""
+
+
+def _differing(pairs: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    return [(old, new) for old, new in pairs if old != new]
+
+
+@dataclass(frozen=True, eq=False)
+class _Foretold:
+    """A recorded run of the original and what is predicted of the slim network's; see `follow`."""
+
+    graph: Graph
+    predicted: Predicted
+    hints: Hints
+
+    @cached_property
+    def changes(self) -> list[list[tuple[int, int]]]:
+        """The (old, new) sizes that differ in the tensors of each node."""
+        values, found = self.graph.values, []
+        for node in self.graph.nodes:
+            numbers = [number for number in (*node.tensors, *node.outputs) if number is not None]
+            pairs = (zip(values[number].shape, self.predicted[number], strict=True) for number in numbers)
+            found.append(list(dict.fromkeys(_differing(chain.from_iterable(pairs)))))
+        return found
+
+    def pairs_at(self, at: int) -> list[tuple[int, int]]:
+        """List the changed sizes of an op, its counts of channels or its tensors'; of a copy, its reader's too."""
+        copies = str(self.graph.nodes[at].op) == "aten.clone.default"
+        shown = chain.from_iterable(self.changes[at : at + 2] if copies else self.changes[at : at + 1])
+        return _differing(self.hints.get(at, ())) or list(dict.fromkeys(shown))
+
+    def pairs_around(self, path: str) -> list[tuple[int, int]]:
+        """List the changed sizes of all ops of a module and of those below it."""
+        prefix = f"{path}." if path else ""
+        nodes = zip(self.graph.nodes, self.changes, strict=True)
+        inside = (pairs for node, pairs in nodes if pairs and (node.module == path or node.module.startswith(prefix)))
+        return list(dict.fromkeys(chain.from_iterable(inside)))
+
+    def pairs_from(
+        self, source: Source, module: nn.Module, path: str, at: int, read: Iterable[str] | None
+    ) -> list[tuple[int, int]]:
+        """List the changed sizes that may be the new sizes of a module: of one op, or of all that are around it."""
+        if source == "op":
+            return self.pairs_at(at)
+        pairs = self.pairs_around(min(path, self.graph.nodes[at].module, key=len))
+        return _multiples(module, pairs, read) if source == "multiple" else pairs
+
+    def aligned(self, module: nn.Module, at: int, read: Iterable[str] | None) -> Iterator[Change]:
+        """Yield changes of attributes that hold the sizes of all outputs of an op, as those of a split do, in order."""
+        numbers = [number for number in self.graph.nodes[at].outputs if number is not None]
+        shapes = [(self.graph.values[number].shape, self.predicted[number]) for number in numbers]
+        rows = {
+            tuple(zip(*row, strict=True)) for row in zip(*(zip(*pair, strict=True) for pair in shapes), strict=False)
+        }
+        for name in vars(module):
+            old = sizes_of(module, name)
+            if old is None or len(old) < 2 or (read is not None and name not in read):
+                continue
+            yield from (((name, new),) for before, new in sorted(rows) if before == old != new)
 
 
 def _tries(module: nn.Module, pairs: Sequence[tuple[int, int]], read: Iterable[str] | None = None) -> Iterator[Change]:
@@ -136,68 +190,27 @@ def _tries(module: nn.Module, pairs: Sequence[tuple[int, int]], read: Iterable[s
     yield from chain(joint, single) if len({old for old, _ in pairs}) < len(pairs) else chain(single, joint)
 
 
-def _aligned(
-    module: nn.Module, graph: Graph, predicted: Predicted, node: Node, read: Iterable[str] | None = None
-) -> Iterator[Change]:
-    """Yield changes of attributes that hold the sizes of all outputs of an op, as the sizes of a split do, in order."""
-    numbers = [number for number in node.outputs if number is not None]
-    shapes = [(graph.values[number].shape, predicted[number]) for number in numbers]
-    rows = {tuple(zip(*row, strict=True)) for row in zip(*(zip(*pair, strict=True) for pair in shapes), strict=False)}
-    for name in vars(module):
-        old = sizes_of(module, name)
-        if old is None or len(old) < 2 or (read is not None and name not in read):
-            continue
-        yield from (((name, new),) for before, new in sorted(rows) if before == old != new)
-
-
-def _pairs_at(graph: Graph, predicted: Predicted, hints: Hints, at: int) -> list[tuple[int, int]]:
-    """List the changed sizes of an op: its counts of channels, or those of its tensors; of a copy, its reader's too."""
-    copies = str(graph.nodes[at].op) == "aten.clone.default"
-    shown = graph.nodes[at : at + 2] if copies else graph.nodes[at : at + 1]
-    sizes = dict.fromkeys(pair for node in shown for pair in _changes(graph, predicted, node))
-    return _differing(hints.get(at, ())) or list(sizes)
-
-
-def _candidates(
-    model: nn.Module, graph: Graph, predicted: Predicted, hints: Hints, at: int, reads: Reads
-) -> Iterator[tuple[str, Change, Source]]:
+def _candidates(model: nn.Module, told: _Foretold, at: int, reads: Reads, clues: Sequence[Clue]) -> Iterator[Clue]:
     """Yield changes that may let node `at` do what is predicted, the most likely first and each once.
 
-    With each comes the path of the module, and where the sizes were found. Modules inside are asked for what was read
-    of them, since a forward may call their methods.
+    Modules inside are asked for what was read of them, since a forward may call their methods. Of the changes of one
+    module, those come first that change what helped in another one of its class.
     """
-    node = graph.nodes[at]
+    home = told.graph.nodes[at].module
+    helped = {(type(model.get_submodule(clue.path)), clue.places) for clue in clues}
     seen: set[tuple[str, Change]] = set()
-    inner = [path for path in reads if path.startswith(f"{node.module}." if node.module else "") and path]
-    for source, path in product(_SOURCES, (*_parents(node.module), *inner)):
+    inner = [path for path in reads if path.startswith(f"{home}." if home else "") and path]
+    for source, path in product(_SOURCES, (*_parents(home), *inner)):
         module, read = model.get_submodule(path), reads.get(path)
         if not _has_sizes(module, read):
             continue
-        around = min(path, node.module, key=len)
-        pairs = _pairs_from(source, module, graph, predicted, hints, at, around, read)
-        for change in chain(_aligned(module, graph, predicted, node, read), _tries(module, pairs, read)):
-            if (path, change) not in seen and (source != "multiple" or len(change) == 1):
-                seen.add((path, change))
-                yield path, change, source
-
-
-def _pairs_from(
-    source: Source,
-    module: nn.Module,
-    graph: Graph,
-    predicted: Predicted,
-    hints: Hints,
-    at: int,
-    around: str,
-    read: Iterable[str] | None,
-) -> list[tuple[int, int]]:
-    """List the changed sizes that may be the new sizes of a module: of one op, or of all that are `around` it."""
-    if source == "op":
-        return _pairs_at(graph, predicted, hints, at)
-    prefix = f"{around}." if around else ""
-    inside = [node for node in graph.nodes if node.module == around or node.module.startswith(prefix)]
-    pairs = list(dict.fromkeys(pair for node in inside for pair in _changes(graph, predicted, node)))
-    return _multiples(module, pairs, read) if source == "multiple" else pairs
+        pairs = told.pairs_from(source, module, path, at, read)
+        tries = islice(chain(told.aligned(module, at, read), _tries(module, pairs, read)), _ATTEMPTS)
+        found = [Clue(at, path, change, source, _places(module, change)) for change in tries]
+        for clue in sorted(found, key=lambda clue: (type(module), clue.places) not in helped):
+            if (path, clue.change) not in seen and (source != "multiple" or len(clue.change) == 1):
+                seen.add((path, clue.change))
+                yield clue
 
 
 def _has_sizes(module: nn.Module, read: Iterable[str] | None) -> bool:
@@ -224,13 +237,13 @@ def _multiples(
     return list(dict.fromkeys(found))
 
 
-def _set(model: nn.Module, changes: Mapping[str, Change]) -> dict[str, Change]:
+def _set(model: nn.Module, attributes: Attributes) -> Attributes:
     """Make changes and return those that take them back."""
-    before: dict[str, Change] = {}
-    for path, change in changes.items():
+    before: dict[str, dict[str, int | tuple[int, ...]]] = {}
+    for path, values in attributes.items():
         module = model.get_submodule(path)
-        before[path] = tuple((name, vars(module)[name]) for name, _ in change)
-        for name, value in change:
+        before[path] = {name: vars(module)[name] for name in values}
+        for name, value in values.items():
             set_sizes(module, name, value)
     return before
 
@@ -241,8 +254,8 @@ def follow(
     graph: Graph,
     predicted: Predicted,
     hints: Hints,
-    likely: Attributes | None = None,
-) -> Attributes:
+    likely: Sequence[Clue] = (),
+) -> tuple[Clue, ...]:
     """Change the hard-coded sizes of a cut model, in place, until it runs as predicted.
 
     Args:
@@ -251,50 +264,31 @@ def follow(
         graph: The original's recorded run.
         predicted: The shape of every value of `graph` in the slim network.
         hints: Integer arguments that must change where no shape tells.
-        likely: What was found for much the same widths; it saves runs where it still holds.
+        likely: What helped with other widths; it saves runs where the same attributes help again.
 
     Returns:
-        What was changed.
+        What was changed; see `attributes_of`.
 
     Raises:
         CannotFollow: No change of an attribute gets past an op.
     """
-    pursuit = _Pursuit(model, example_input, graph, predicted, hints)
+    told = _Foretold(graph, predicted, hints)
+    pursuit = _Pursuit(model, example_input, told)
     if likely and pursuit.stuck is not None:
-        pursuit.advance(dict(_still_possible(model, graph, predicted, likely)), others=True)
-    likewise: dict[str, Change] = {}
+        again = (_alike(model, told, clue, clue.node, clue.path) for clue in likely)
+        pursuit.advance([clue for clue in again if clue is not None], others=True)
+    likewise: list[Clue] = []
     while (stuck := pursuit.stuck) is not None:
-        candidates = _candidates(model, graph, predicted, hints, stuck.index, pursuit.reads)
-        for candidate in islice(candidates, _ATTEMPTS):
-            if pursuit.advance(dict([candidate[:2]])):
+        for clue in islice(_candidates(model, told, stuck.index, pursuit.reads, pursuit.clues), _ATTEMPTS):
+            if pursuit.advance([clue]):
                 break
         else:
-            raise CannotFollow(graph.nodes[stuck.index].module, stuck.detail, stuck.index, pursuit.found)
-        for other, alike in _like(model, graph, predicted, hints, stuck.index, candidate).items():
-            likewise[other] = (*likewise.get(other, ()), *alike)
-        if pursuit.stuck is not None and likewise and pursuit.advance(likewise, others=True):
-            likewise = {path: alike for path, alike in likewise.items() if path not in pursuit.found}
-    return pursuit.found
-
-
-def _still_possible(
-    model: nn.Module, graph: Graph, predicted: Predicted, likely: Attributes
-) -> Iterator[tuple[str, Change]]:
-    """Yield the changes whose new sizes are found in their modules, with these widths too."""
-    pairs: dict[str, set[tuple[int, int]]] = {path: set() for path in likely}
-    for node in graph.nodes:
-        for path in _parents(node.module):
-            if path in pairs:
-                pairs[path].update(_changes(graph, predicted, node))
-    for path, values in likely.items():
-        module = model.get_submodule(path)
-        news = [(size, new) for name in values for size, new in _sizes_and(module, name, values[name]) if size != new]
-        if pairs[path].issuperset(news):
-            yield path, tuple(values.items())
-
-
-def _sizes_and(module: nn.Module, name: str, new: int | tuple[int, ...]) -> list[tuple[int, int]]:
-    return list(zip(sizes_of(module, name) or (), (new,) if isinstance(new, int) else new, strict=True))
+            raise CannotFollow(graph.nodes[stuck.index].module, stuck.detail, stuck.index, pursuit.clues)
+        likewise.extend(_like(model, told, clue))
+        if pursuit.is_near(likewise) and pursuit.advance(likewise, others=True):
+            changed = {clue.path for clue in pursuit.clues}
+            likewise = [clue for clue in likewise if clue.path not in changed]
+    return tuple(pursuit.clues)
 
 
 class _Pursuit:
@@ -303,77 +297,88 @@ class _Pursuit:
     Attributes:
         stuck: Where it departs from the prediction now.
         reads: The attributes that it read by then.
-        found: Module path → attribute → the new value that was needed.
+        clues: What was changed, since it was needed.
     """
 
-    def __init__(self, model: nn.Module, example_input: Any, graph: Graph, predicted: Predicted, hints: Hints) -> None:
-        self.model, self._graph = model, graph
-        self._arguments = model, example_input, graph, predicted, hints
-        self._can_be_spied_on = not reads_values(graph)  # else a copy runs
-        self.found: dict[str, dict[str, int | tuple[int, ...]]] = {}
+    def __init__(self, model: nn.Module, example_input: Any, told: _Foretold) -> None:
+        self.model, self._example_input, self._told = model, example_input, told
+        self._spies = None if reads_values(told.graph) else Spies(model)  # a copy runs, on which nobody can spy
+        self.clues: list[Clue] = []
         self.stuck, self.reads = self._run()
 
     def _run(self) -> tuple[Divergence | None, Reads]:
-        with _spied(self.model, self._can_be_spied_on) as reads:
-            return divergence(*self._arguments), reads
+        told = self._told
+        with nullcontext[Reads]({}) if self._spies is None else self._spies.watching() as reads:
+            return divergence(self.model, self._example_input, told.graph, told.predicted, told.hints), reads
 
-    def advance(self, changes: Mapping[str, Change], others: bool = False) -> bool:
+    def is_near(self, clues: Iterable[Clue]) -> bool:
+        """Say whether a change is in the module that is stuck, around it or inside it."""
+        if self.stuck is None:
+            return False
+        home = self._told.graph.nodes[self.stuck.index].module
+        around = set(_parents(home))
+        return any(clue.path in around or clue.path.startswith(f"{home}." if home else "") for clue in clues)
+
+    def advance(self, clues: Sequence[Clue], others: bool = False) -> bool:
         """Make changes and keep them if the run gets further; say whether it does.
 
         Changes in other modules than the one that is stuck were not asked for: where the run gets stuck in one of
         those, only what it needed on the way there is kept.
         """
         assert self.stuck is not None
-        if not changes:
+        if not clues:
             return False
-        before = _set(self.model, changes)
+        before = _set(self.model, attributes_of(clues))
         now, reads = self._run()
         if now is not None and now.index <= self.stuck.index:
             _set(self.model, before)
             return False
-        culprit = self._graph.nodes[now.index].module if others and now is not None else None
-        if now is not None and culprit in changes:
+        culprit = self._told.graph.nodes[now.index].module if others and now is not None else None
+        if now is not None and any(clue.path == culprit for clue in clues):
             _set(self.model, before)
-            passed = {node.module for node in self._graph.nodes[: now.index]} - {culprit}
-            return self.advance({path: change for path, change in changes.items() if path in passed}, others=True)
-        for path, change in changes.items():
-            self.found.setdefault(path, {}).update(change)
+            passed = [clue for clue in clues if clue.node < now.index and clue.path != culprit]
+            return self.advance(passed, others=True)
+        self.clues.extend(clues)
         self.stuck, self.reads = now, reads
         return True
 
 
-def _like(
-    model: nn.Module,
-    graph: Graph,
-    predicted: Predicted,
-    hints: Hints,
-    at: int,
-    helped: tuple[str, Change, Source],
-) -> dict[str, Change]:
-    """Propose a change that helped at node `at` for every later module of the class, where one new value is possible.
+def _alike(model: nn.Module, told: _Foretold, clue: Clue, at: int, path: str) -> Clue | None:
+    """Propose a change that helped for another op and module; None where not just one new value is possible.
+
+    Where several are, one may be at the same place in the attribute.
+    """
+    module, names = model.get_submodule(path), {name for name, _ in clue.change}
+    pairs = told.pairs_from(clue.source, module, path, at, names)
+    tries = list(told.aligned(module, at, names)) or _tries(module, pairs, names)
+    options = [tried for tried in islice(tries, _ATTEMPTS) if {name for name, _ in tried} == names]
+    if len(options) > 1:
+        options = [tried for tried in options if _places(module, tried) == clue.places]
+    if len(options) > 1 and (at, path) == (clue.node, clue.path):
+        options = [tried for tried in options if tried == clue.change]
+    return Clue(at, path, options[0], clue.source, _places(module, options[0])) if len(options) == 1 else None
+
+
+def _like(model: nn.Module, told: _Foretold, clue: Clue) -> Iterator[Clue]:
+    """Propose a change that helped for every later module of the class.
 
     A deep network repeats one block many times; this saves a run for each.
     """
-    path, change, source = helped
-    home = graph.nodes[at].module
-    kinds, names = (type(model.get_submodule(home)), type(model.get_submodule(path))), {name for name, _ in change}
-    proposals: dict[str, Change] = {}
-    for later in range(at + 1, len(graph.nodes)):
-        node = graph.nodes[later]
-        other = _counterpart(home, path, node.module)
-        if other is None or other == path or other in proposals or node.op is not graph.nodes[at].op:
+    nodes, path = told.graph.nodes, clue.path
+    home = nodes[clue.node].module
+    kinds = type(model.get_submodule(home)), type(model.get_submodule(path))
+    done = {path, None}
+    for later in range(clue.node + 1, len(nodes)):
+        other = _counterpart(home, path, nodes[later].module)
+        if other is None or other in done or nodes[later].op is not nodes[clue.node].op:
             continue
-        if type(model.get_submodule(node.module)) is not kinds[0]:
+        homes = type(model.get_submodule(nodes[later].module))
+        if homes is not kinds[0] or type(model.get_submodule(other)) is not kinds[1]:
             continue
-        module = model.get_submodule(other)
-        if type(module) is not kinds[1]:
-            continue
-        pairs = _pairs_from(source, module, graph, predicted, hints, later, min(other, node.module, key=len), names)
-        tries = list(_aligned(module, graph, predicted, node)) or _tries(module, pairs)
-        options = [tried for tried in tries if {name for name, _ in tried} == names]
-        if len(options) == 1:
-            proposals[other] = options[0]
-    return proposals
+        proposal = _alike(model, told, clue, later, other)
+        if proposal is not None:
+            done.add(other)
+            yield proposal
 
 
 def _counterpart(home: str, path: str, other_home: str) -> str | None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 from torch import Tensor
@@ -57,7 +58,7 @@ class Node:
     function: str
     contraction: int | None
 
-    @property
+    @cached_property
     def tensors(self) -> tuple[int, ...]:
         """Numbers of all tensor arguments, in order."""
         leaves = leaves_of((*self.args, *self.kwargs.values()))
@@ -109,6 +110,16 @@ class Graph:
     batch_size: int
     training: bool
     module_types: Mapping[str, type]
+
+    @cached_property
+    def first_seen(self) -> tuple[tuple[int | None, ...], ...]:
+        """Outputs of each node, None in place of those that were seen before, as in-place ops return."""
+        seen: set[int | None] = {None}
+        result = []
+        for node in self.nodes:
+            result.append(tuple(None if number in seen else number for number in node.outputs))
+            seen.update(node.tensors, node.outputs)
+        return tuple(result)
 
     def fingerprint(self) -> list[tuple[Any, ...]]:
         """What couples channels in this run; two runs with equal fingerprints couple the same ones.

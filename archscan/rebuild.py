@@ -21,12 +21,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from archscan.capture import record_once
-from archscan.divergence import Hints, Predicted, divergence, reads_values
-from archscan.errors import BadInput, RebuildMismatch
-from archscan.follow import Attributes, CannotFollow, follow
+from archscan.capture import FORWARD_ERRORS, record_once
+from archscan.divergence import Hints, Predicted, divergence, reads_values, run_under
+from archscan.errors import RebuildMismatch
+from archscan.follow import CannotFollow, Clue, attributes_of, follow
 from archscan.graph import Graph
 from archscan.groups import Coupling
+from archscan.meta_shapes import Running, bare
 from archscan.surgery import Cut, Kept, Surgery, named_tensors, set_sizes, surgery_for, times_kept
 
 __all__ = [
@@ -223,10 +224,10 @@ def apply(model: nn.Module, surgery: Surgery) -> nn.Module:
 
 def _check_training(original: nn.Module, model: nn.Module, example_input: Any, recorded: Graph) -> None:
     """See that the slim network runs in train mode too, in which auxiliary heads run."""
-    batch_size = recorded.batch_size
+    on_meta, batch_size = not reads_values(recorded), recorded.batch_size
     try:
-        record_once(model, example_input, training=True, batch_size=batch_size)
-    except BadInput as error:
+        run_under(Running(), model, example_input, on_meta=on_meta, training=True, batch_size=batch_size)
+    except FORWARD_ERRORS as error:
         graph = record_once(original, example_input, training=True, batch_size=batch_size)
         stuck = divergence(model, example_input, graph, None, {})
         module = graph.nodes[stuck.index].module if stuck else ""
@@ -272,12 +273,12 @@ def rebuild(model: nn.Module, example_input: Any, coupling: Coupling, kept: Kept
         CannotFollow: A forward hard-codes a size out of reach.
         RebuildMismatch: A tensor would lose everything, or would become ragged.
     """
-    surgery = rehearsed(hollow(model, coupling.graph), example_input, coupling, kept)
+    surgery, _ = rehearsed(hollow(model, coupling.graph), example_input, coupling, kept)
     return Rebuilt(apply(model, surgery), surgery)
 
 
 def hollow(model: nn.Module, graph: Graph | None) -> nn.Module:
-    """Copy a model onto the meta device, where cutting and running it costs nothing.
+    """Copy a model onto the meta device, where cutting and running it costs nothing; nothing of it can be trained.
 
     A model whose forward reads values is returned as it is: it cannot run there.
     """
@@ -285,21 +286,24 @@ def hollow(model: nn.Module, graph: Graph | None) -> nn.Module:
         return model
     empty: dict[int, Any] = {}
     for _, tensor in named_tensors(model):
-        bare = torch.empty_like(tensor, device="meta")
-        is_parameter = isinstance(tensor, nn.Parameter)
-        empty[id(tensor)] = nn.Parameter(bare, tensor.requires_grad) if is_parameter else bare
+        empty[id(tensor)] = bare(tensor)
+        if isinstance(tensor, nn.Parameter):
+            empty[id(tensor)] = nn.Parameter(empty[id(tensor)], requires_grad=False)
     return copy.deepcopy(model, empty)
 
 
 def rehearsed(
-    model: nn.Module, example_input: Any, coupling: Coupling, kept: Kept, likely: Attributes | None = None
-) -> Surgery:
-    """Find all that `rebuild` has to do, with attributes, on a model that may be `hollow`; raises what it raises."""
+    model: nn.Module, example_input: Any, coupling: Coupling, kept: Kept, likely: Sequence[Clue] = ()
+) -> tuple[Surgery, tuple[Clue, ...]]:
+    """Find all that `rebuild` has to do, with attributes, on a model that may be `hollow`; raises what it raises.
+
+    Returns also how the attributes were found, which is `likely` with other widths too.
+    """
     surgery = surgery_for(coupling, kept)
     predicted, hints = predict(coupling, kept)
     if coupling.graph is None or predicted is None:
-        return surgery
+        return surgery, ()
     slim = apply(model, surgery)
-    attributes = follow(slim, example_input, coupling.graph, predicted, hints, likely)
+    clues = follow(slim, example_input, coupling.graph, predicted, hints, likely)
     _check_training(model, slim, example_input, coupling.graph)
-    return replace(surgery, attributes=attributes)
+    return replace(surgery, attributes=attributes_of(clues)), clues

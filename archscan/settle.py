@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import nn
 
+from archscan.follow import Clue, Places
 from archscan.graph import Graph, Node
 from archscan.groups import Coupling, freeze
 from archscan.rebuild import CannotFollow, hollow, rehearsed
@@ -121,6 +122,8 @@ def settle(model: nn.Module, example_input: Any, coupling: Coupling, planned: Ke
         draws.append(partial(_as_planned, planned))
     done: list[tuple[_Remedy, CannotFollow]] = []
     for draw in draws:
+        if planned is not None and draw is draws[-1]:
+            bench.clues.clear()  # nobody tells `rebuild` what helped
         stuck = bench.trial(coupling, draw)
         while stuck is not None and len(done) < _REMEDIES:
             step = bench.known(coupling, draw, stuck) or bench.search(coupling, draw, draws[:2], stuck)
@@ -172,25 +175,30 @@ class _Recipe:
 
 @dataclass(frozen=True, eq=False)
 class _Bench:
-    """Where trials are made; `recipes` grows with what helped."""
+    """Where trials are made; `recipes` and `clues` grow with what helped."""
 
     model: nn.Module
     example_input: Any
     graph: Graph
     recipes: list[_Recipe] = field(default_factory=list)
+    clues: dict[tuple[int, str, Places], Clue] = field(default_factory=dict)
 
     def trial(self, coupling: Coupling, draw: Draw, before: CannotFollow | None = None) -> CannotFollow | None:
         """Cut the model as drawn; return what it cannot follow.
 
-        What was found `before`, in other modules than the one that was stuck then, most likely still holds.
+        What helped in other trials most likely helps again, but in the module that was stuck `before`.
         """
-        found = before.found if before is not None else {}
-        likely = {path: values for path, values in found.items() if before is None or path != before.module}
+        likely = [clue for clue in self.clues.values() if before is None or clue.path != before.module]
         try:
-            rehearsed(self.model, self.example_input, coupling, draw(coupling), likely)
+            _, clues = rehearsed(self.model, self.example_input, coupling, draw(coupling), likely)
         except CannotFollow as stuck:
+            self._note(stuck.clues)
             return stuck
+        self._note(clues)
         return None
+
+    def _note(self, clues: Sequence[Clue]) -> None:
+        self.clues.update(((clue.node, clue.path, clue.places), clue) for clue in clues)
 
     def _outcome(
         self, coupling: Coupling, remedies: Sequence[_Remedy], draw: Draw, stuck: CannotFollow

@@ -81,9 +81,15 @@ class ValueSizes:
         self._planes = value_planes
         self._owners = owners
         self._known: dict[tuple[int, ...], Size] = {}
+        self._of_value: dict[int, tuple[Size, ...]] = {}
 
     def __call__(self, value: int) -> tuple[Size, ...]:
         """Give the size of each axis of value number `value`."""
+        if value not in self._of_value:
+            self._of_value[value] = self._sizes(value)
+        return self._of_value[value]
+
+    def _sizes(self, value: int) -> tuple[Size, ...]:
         sizes = [Size(extent, {}) for extent in self._shapes[value]]
         for plane in self._planes[value]:
             for axis in planes.varying(plane):

@@ -71,10 +71,18 @@ def tie(coupling: Coupling, names: Sequence[str]) -> Coupling:
         index: (number[joint.name], group.steps // steps) if group.name in tied else (number[group.name], 1)
         for index, group in enumerate(coupling.groups)
     }
-    sizes = None if coupling.sizes is None else _Renumbered(coupling.sizes, moves)
+    sizes = None if coupling.sizes is None else _renumbered(coupling.sizes, moves)
     rewrite = _Renumbered(lambda _: (), moves).one
     parameters = {path: tuple(rewrite(size) for size in axes) for path, axes in coupling.parameters.items()}
     return replace(coupling, groups=tuple(groups), sizes=sizes, parameters=parameters)
+
+
+def _renumbered(sizes: SizeOfValue, moves: Mapping[int, tuple[int, int]]) -> _Renumbered:
+    """Rewrite sizes in terms of other groups, once also where they were rewritten before."""
+    if not isinstance(sizes, _Renumbered):
+        return _Renumbered(sizes, moves)
+    joint = {group: (moves[number][0], folds * moves[number][1]) for group, (number, folds) in sizes.moves.items()}
+    return _Renumbered(sizes.sizes, joint)
 
 
 def _folded(fibre: Sequence[int], steps: int) -> list[tuple[int, ...]]:

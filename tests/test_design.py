@@ -18,7 +18,7 @@ FLOW = (
     *("gate_statistics", "gates", "criteria"),
     *("budgets", "widths", "knapsack", "search", "set_effects", "planner", "tradeoff"),
     *("ranges", "dead_units", "activations", "findings"),
-    *("surgery", "divergence", "follow", "rebuild", "settle", "rounds"),
+    *("surgery", "divergence", "spies", "follow", "rebuild", "settle", "rounds"),
     *("recover", "rehearsal", "lockstep", "positions", "least_squares", "heldout", "reconstruct"),
     *("same_statistics", "verify", "fold", "recount", "recognise", "folders", "saving", "evaluation"),
     *("options", "report", "detailing", "module_costs", "results", "saved", "timm_entrypoint", "exporters", "training"),

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 import archscan  # noqa: F401 - before anything that may import torchvision
 from archscan.capture import capture
 from archscan.divergence import divergence
-from archscan.follow import CannotFollow, follow
+from archscan.follow import CannotFollow, Clue, attributes_of, follow
 from archscan.groups import couple
 from archscan.rebuild import apply, predict, rebuild
 from archscan.surgery import Cut, Surgery, named_tensors
@@ -57,7 +58,7 @@ def test_split_sizes_and_groups_follow() -> None:
             predicted[number] = value.shape
         elif value.shape[1] == 5:
             predicted[number] = (2, 3, 4, 4)
-    found = follow(slim, x, graph, predicted, {})
+    found = attributes_of(follow(slim, x, graph, predicted, {}))
     assert found == {"": {"blurred": 5, "parts": (2, 3)}}
     assert slim.parts == [2, 3]
     assert slim.kernel == 3
@@ -263,7 +264,7 @@ def test_factors_and_what_methods_read_follow_in_every_block(
         for name, tensor in named_tensors(wanted)
     }
     predicted = [value.shape for value in capture(wanted, x).values]
-    found = follow(apply(model, Surgery(cuts)), x, capture(model, x), predicted, {})
+    found = attributes_of(follow(apply(model, Surgery(cuts)), x, capture(model, x), predicted, {}))
     expected = {}
     for number, ((heads, _), (fewer, _)) in enumerate(zip(dense, slim, strict=True)):
         if fewer < heads:
@@ -278,8 +279,46 @@ def test_a_size_that_shows_only_as_a_factor_follows() -> None:
         for name, tensor in named_tensors(wanted)
     }
     predicted = [value.shape for value in capture(wanted, x).values]
-    found = follow(apply(model, Surgery(cuts)), x, capture(model, x), predicted, {})
+    found = attributes_of(follow(apply(model, Surgery(cuts)), x, capture(model, x), predicted, {}))
     assert found == {"": {"heads": 3}}
+
+
+class Cube(nn.Module):
+    """A shape in an attribute, all of whose sizes are the same at first; the last one is the width."""
+
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        self.table, self.shape = nn.Parameter(torch.randn(16 * width)), (4, 4, width)
+        self.up, self.down = nn.Linear(6, width), nn.Linear(width, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(self.up(x) * self.table.view(self.shape).sum((0, 1)))
+
+
+def cubes(*widths: int) -> nn.Sequential:
+    return nn.Sequential(*(Cube(width) for width in widths))
+
+
+def _follow_cubes(widths: tuple[int, ...], likely: tuple[Clue, ...] = ()) -> tuple[Clue, ...]:
+    model, wanted, x = cubes(*[4] * len(widths)), cubes(*widths), torch.randn(2, 6)
+    cuts = {
+        name: tuple(Cut(axis, tuple(range(size))) for axis, size in enumerate(tensor.shape))
+        for name, tensor in named_tensors(wanted)
+    }
+    predicted = [value.shape for value in capture(wanted, x).values]
+    clues = follow(apply(model, Surgery(cuts)), x, capture(model, x), predicted, {}, likely)
+    assert attributes_of(clues) == {f"{number}": {"shape": (4, 4, width)} for number, width in enumerate(widths)}
+    return clues
+
+
+def test_what_helped_once_is_not_looked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[Any] = []
+    monkeypatch.setattr("archscan.follow.divergence", lambda *given: runs.append(given) or divergence(*given))
+    clues = _follow_cubes((3, 2, 3, 1, 3, 2))
+    assert len(runs) < 10  # of one block: seven ways to change a shape of three equal sizes
+    runs.clear()
+    _follow_cubes((2, 3, 3, 2, 1, 1), clues)
+    assert len(runs) == 2
 
 
 class Branches(nn.Module):
