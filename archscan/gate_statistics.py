@@ -21,6 +21,7 @@ Need = Literal[
     "weight_norm",
     "bn_scale",
     "group",
+    "summed",
     "read_norm",
     "layer_inputs",
     "layer_gradients",
@@ -44,6 +45,7 @@ class GateStatistics:
         weight_norm_U: L2 norm of the unit's slices of producers' and consumers' weights, float64.
         bn_scale_U: Mean abs(γ) of the unit's BatchNorm channels, NaN where it has none, float64.
         group_U: Number of the unit's channel group, -1 where it has none.
+        summed_U: Whether sums write the unit's channels, as in a residual stream, boolean.
         read_norm_U: L2 norm of the unit's slices of consumers' weights alone, float64.
         sharpness_U: Largest absolute eigenvalue of the unit's group, see `sharpness`, float64.
         layer_inputs_L: Second moments of the inputs of every layer that reads units, in the order of the calls.
@@ -61,6 +63,7 @@ class GateStatistics:
     weight_norm_U: np.ndarray | None = None
     bn_scale_U: np.ndarray | None = None
     group_U: np.ndarray | None = None
+    summed_U: np.ndarray | None = None
     read_norm_U: np.ndarray | None = None
     sharpness_U: np.ndarray | None = None
     layer_inputs_L: tuple[LayerMoments, ...] | None = None

@@ -99,6 +99,7 @@ def collect(
         weight_norm_U=weights.get("weight_norm"),
         bn_scale_U=weights.get("bn_scale"),
         group_U=weights.get("group") if "group" in needs else None,
+        summed_U=weights.get("summed"),
         read_norm_U=weights.get("read_norm") if "read_norm" in needs else None,
         sharpness_U=rows.sharpness_U,
         layer_inputs_L=rows.layer_inputs_L,

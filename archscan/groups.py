@@ -21,6 +21,7 @@ from archscan.coupling import Components, Record, Walk, marked, mixing_places, r
 from archscan.errors import BadInput
 from archscan.graph import Graph
 from archscan.sizes import Owners, Size, SizeOfValue, ValueSizes
+from archscan.streams import summed_groups
 
 Role = Literal["out", "in", "affine"]
 _ALL_OR_NONE = "its channels could only go all together"
@@ -60,6 +61,7 @@ class ChannelGroup:
         channels_per_step: Width of the narrowest producing axis, in channels, that one step accounts for.
         members: The axes that it cuts.
         frozen: Why nothing may be removed; None where units may.
+        summed: Whether sums write its channels, as those of a residual stream.
     """
 
     name: str
@@ -67,6 +69,7 @@ class ChannelGroup:
     channels_per_step: int
     members: tuple[Member, ...]
     frozen: str | None
+    summed: bool = False
 
     def __repr__(self) -> str:
         """Name, width, layers; the units of a wide group would fill a page."""
@@ -214,8 +217,10 @@ def _assemble(record: Record, walk: Walk, units: Components, parameters: Mapping
     rows_by_group, unit_of_label, owners = _number(blocks, units.of_label)
     tensors, members, channels_per_step = _tensors(record, unit_of_label, owners)
     names = _names(members, len(blocks))
+    sizes = ValueSizes([value.shape for value in walk.graph.values], walk.planes, owners)
+    summed = summed_groups(walk.graph, sizes)
     groups = tuple(
-        ChannelGroup(names[i], rows, channels_per_step.get(i, 1), tuple(members.get(i, ())), reason)
+        ChannelGroup(names[i], rows, channels_per_step.get(i, 1), tuple(members.get(i, ())), reason, i in summed)
         for i, (rows, (_, reason)) in enumerate(zip(rows_by_group, blocks, strict=True))
     )
     may_go = np.array([group.frozen is None for group in groups] + [False])  # the last entry: labels without a group
@@ -232,7 +237,7 @@ def _assemble(record: Record, walk: Walk, units: Components, parameters: Mapping
         tuple(counts),
         mixing_places(record, may_go[owners.group], unit_of_label),
         walk.graph,
-        ValueSizes([value.shape for value in walk.graph.values], walk.planes, owners),
+        sizes,
         _parameter_sizes(record, parameters, owners, unit_of_label),
     )
 

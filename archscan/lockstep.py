@@ -1,17 +1,20 @@
-"""Run two networks in lockstep: original, slim network, batches → what both have at each layer, in depth order.
+"""Run two networks in lockstep: original, slim network, batches → what both have at each layer or block, by depth.
 
-Each batch's forward pass runs in a thread of its own, which rests wherever outputs can be compared (`rehearsal.Place`).
-What a resting forward pass holds is what it needs to go on, so that nothing is computed twice and nothing else is
-stored: repairing every layer, on inputs that the repaired layers before it produce, costs one forward pass of either
-network, however deep it is, and works for any forward that Python can run.
+Each batch's forward pass runs in a thread of its own, which rests wherever outputs can be compared: at a layer
+(`rehearsal.Place`), or where the slim network enters a block of layers and the original leaves it. What a resting
+forward pass holds is what it needs to go on, so that nothing is computed twice and nothing else is stored: repairing
+every layer, on inputs that the repaired layers before it produce, costs one forward pass of either network, however
+deep it is, and works for any forward that Python can run.
 
 The decision that is not obvious: threads for control, not for speed. Only one of them runs at any time.
 """
 
 import threading
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,6 +43,23 @@ class Meeting:
     target: Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class BlockMeeting:
+    """What both networks have for one batch at a block of layers.
+
+    Attributes:
+        inputs: What the slim network's block reads.
+        target: What the original's block returns.
+    """
+
+    inputs: Tensor
+    target: Tensor
+
+
+_RUNNING = threading.local()
+"""Knows in each thread which forward pass it runs, for hooks, which are told the module only."""
+
+
 class _Stopped(BaseException):
     """Unwinds a resting forward pass that nobody will go on with; no model should catch it."""
 
@@ -63,6 +83,7 @@ class _Forward(Numbered):
         self._go.acquire()
         try:
             if not self._stopped:
+                _RUNNING.forward = self
                 with torch.no_grad(), self:
                     self.model(self.images)
         except _Stopped:
@@ -174,22 +195,86 @@ def lockstep(
         BadInput: The slim network calls other functions than the original.
     """
     pairs = [(_Original(original, images, places), _Slim(slim, images, places)) for images in batches]
+    with _started(pairs):
+        for place in places:
+            met = _met(pairs, place, place.weight)
+            yield place, [replace(ours, target=target) for target, ours in met]
+            del met
+
+
+class _AtBlocks(_Forward):
+    """Rests in the hooks of `lockstep_blocks`."""
+
+    def on_call(self, number: int, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return func(*args, **kwargs)
+
+
+def lockstep_blocks(
+    original: nn.Module, slim: nn.Module, paths: Sequence[str], batches: Sequence[Tensor]
+) -> Generator[tuple[str, list[BlockMeeting]], None, None]:
+    """Run both networks over all batches; yield each block with what the slim one reads and the original one returns.
+
+    The slim network's block may be changed before the generator goes on, and run, which leaves what was yielded as it
+    is. Both networks have to be in eval mode.
+
+    Args:
+        original: The network that is right.
+        slim: The same with fewer channels.
+        paths: Modules that take one tensor and return one, none inside another, in the order in which they run.
+        batches: Images, on the networks' device.
+
+    Raises:
+        BadInput: The slim network runs other modules than the original.
+    """
+
+    def rest(path: str, found: Tensor) -> None:
+        forward = getattr(_RUNNING, "forward", None)
+        if forward is not None:
+            forward.rest((path, found))
+
+    def leave(path: str, _module: nn.Module, _args: Any, output: Any) -> None:
+        rest(path, output)
+
+    def enter(path: str, _module: nn.Module, args: Any) -> None:
+        rest(path, args[0])
+
+    pairs = [(_AtBlocks(original, images), _AtBlocks(slim, images)) for images in batches]
+    handles = [original.get_submodule(path).register_forward_hook(partial(leave, path)) for path in paths]
+    handles += [slim.get_submodule(path).register_forward_pre_hook(partial(enter, path)) for path in paths]
+    try:
+        with _started(pairs):
+            for path in paths:
+                yield path, [BlockMeeting(inputs, target) for target, inputs in _met(pairs, path, path)]
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+_Pairs = Sequence[tuple[_Forward, _Forward]]
+
+
+@contextmanager
+def _started(pairs: _Pairs) -> Iterator[None]:
+    """Get all forward passes ready, let them run to their ends after the block, and unwind them if it is left early."""
     forwards = [forward for pair in pairs for forward in pair]
     with ThreadPoolExecutor(max_workers=max(1, len(forwards))) as pool:
         for forward in forwards:
             forward.start(pool)
         try:
-            for place in places:
-                met = [(first.advance(), second.advance()) for first, second in pairs]
-                if any(found is None or found[0] is not place for pair in met for found in pair):
-                    raise BadInput(
-                        f"the slim network's forward differs from the original's at {place.weight}; choose a repair "
-                        "other than least squares"
-                    )
-                yield place, [replace(ours, target=target) for (_, target), (_, ours) in met]
-                del met
+            yield
             for forward in forwards:
                 forward.advance()
         finally:
             for forward in forwards:
                 forward.stop()
+
+
+def _met(pairs: _Pairs, at: object, name: str) -> list[tuple[Any, Any]]:
+    """Let all forward passes run to their next rest, and give what original and slim network have there."""
+    met = [(first.advance(), second.advance()) for first, second in pairs]
+    if any(found is None or found[0] != at for pair in met for found in pair):
+        raise BadInput(
+            f"the slim network's forward differs from the original's at {name}; choose a repair other than least "
+            "squares"
+        )
+    return [(target, ours) for (_, target), (_, ours) in met]

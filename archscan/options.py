@@ -19,7 +19,7 @@ LEAST_SQUARES_CRITERION = "obd-obc"
 
 def default_criterion(recover: str | None) -> str:
     """Choose the criterion for a repair, where none is asked for."""
-    return LEAST_SQUARES_CRITERION if recover == "ls" else DEFAULT_CRITERION
+    return LEAST_SQUARES_CRITERION if recover in ("ls", "blocks") else DEFAULT_CRITERION
 
 
 DEFAULT_ROUNDS = 1
@@ -147,8 +147,8 @@ class SlimOptions:
     Attributes:
         criterion: A name from the criteria table; None for `default_criterion`.
         recover: Repair after slimming: ``bn`` recalibrates BatchNorm statistics, ``bias`` corrects mean outputs, ``ls``
-            re-solves weights by least squares; None is ``ls`` where the data are real and the network has BatchNorm
-            (``bn`` where there are too few images).
+            re-solves weights by least squares, ``blocks`` then tunes block by block; None is ``blocks`` where the data
+            are real and the network has BatchNorm (``bn`` where there are too few images).
         rounds: In how many steps to slim, each repaired, and scored anew before the next.
         set_effects: Whether a set of units costs the sum of their saliencies, or what a quadratic form says.
         exports: Formats to write besides: ``onnx``, ``pt2``, ``script``.
@@ -165,7 +165,7 @@ class SlimOptions:
     run: RunOptions = field(default_factory=RunOptions)
     output: OutputOptions = field(default_factory=OutputOptions)
     criterion: str | None = None
-    recover: Literal["none", "bn", "bias", "ls"] | None = None
+    recover: Literal["none", "bn", "bias", "ls", "blocks"] | None = None
     rounds: int = DEFAULT_ROUNDS
     set_effects: Literal["additive", "quadratic"] = "additive"
     exports: tuple[str, ...] = ()

@@ -50,7 +50,7 @@ CANDIDATES = ("obd", "obs", "taylor-so", "taylor-fo", "taylor-abs", "mfac", "cbs
 """What it chooses from: everything that scored within its own uncertainty of the best on the CIFAR ResNets, and costs
 little."""
 
-Recovery = Literal["none", "bn", "bias", "ls"]
+Recovery = Literal["none", "bn", "bias", "ls", "blocks"]
 
 _NO_ACCURACY = "no accuracy can be measured; evaluate on the classes that the model was trained for"
 
@@ -136,7 +136,7 @@ def _ready(
     recover = _recovery(options, subject)
     with watch.stage("data"):
         images = read_images(options, subject, recover, progress)
-    if options.recover is None and recover == "ls" and len(images.calibration or ()) < LEAST_SAMPLES:
+    if options.recover is None and recover == "blocks" and len(images.calibration or ()) < LEAST_SAMPLES:
         recover = "bn"
     subject = replace(subject, model=subject.model.to(place.device))
     notes, named = list(notes_of(options, images, _named(options, recover))), options.criterion
@@ -171,7 +171,7 @@ def _check_options(options: SlimOptions) -> None:
     if not synthetic and not trains and options.recover == "none" and not reads_images(named):
         raise BadInput(
             f"--criterion {named} looks at weights only, so that --data would have no effect; "
-            "leave it out, or let --recover ls use it"
+            "leave it out, or let --recover blocks use it"
         )
 
 
@@ -189,12 +189,12 @@ def _targets(options: SlimOptions) -> tuple[tuple[TargetKind, float], ...]:
 
 
 def _recovery(options: SlimOptions, subject: Subject) -> Recovery:
-    """Decide on the repair: by default, least squares where there is BatchNorm and the images are real."""
+    """Decide on the repair: by default, all of it where there is BatchNorm and the images are real."""
     if options.recover == "bn" and not has_batchnorm(subject.model):
         raise BadInput(f"{subject.name} has no BatchNorm to recalibrate; leave out --recover bn")
     useful = options.data.source != SYNTHETIC and has_batchnorm(subject.model)
     enough = (options.data.samples or REAL_SAMPLES) >= LEAST_SAMPLES
-    return options.recover or ("none" if not useful else "ls" if enough else "bn")
+    return options.recover or ("none" if not useful else "blocks" if enough else "bn")
 
 
 def _named(options: SlimOptions, recover: Recovery) -> str:

@@ -9,12 +9,16 @@ shortcut too. Luo et al. 2017 (ThiNet) and He et al. 2017 ("Channel pruning") so
 A fit of wide layers to few images follows their noise, so that more images are worth much. Mirror images are more of
 them where the original does not mind: where it gives most of them the class that it gives the image itself.
 
-Each layer keeps its weights where that is better on images that the fit has not seen. After that, each step as a whole
-has to bring the network's outputs closer to the original's on the same images, or is taken back.
+Level ``blocks`` then lets all weights of each residual block move together (see `blocks`).
+
+Each layer keeps its weights where that is better on images that the fit has not seen, and so does each block. After
+that, each step as a whole has to bring the network's outputs closer to the original's on the same images, or is taken
+back.
 
 The decision that is not obvious: BatchNorm statistics are kept as they are, but for the mean. Estimating them again
-would scale up what a least-squares fit, being a conditional mean, rightly leaves out; it is tried at the
-end, and seldom stays.
+would scale up what a least-squares fit, being a conditional mean, rightly leaves out, so that it is tried only where no
+such fit was kept. (The few held-out images could be fooled: on the CIFAR ResNet-20 it once stayed for 0.2 % less on 64
+images, and cost 27 % more on 5,000 others.)
 """
 
 import contextlib
@@ -27,6 +31,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from archscan.blocks import BlockEffort, BlockRepair, find_blocks, tune_blocks
 from archscan.capture import train_mode
 from archscan.heldout import LEAST_SAMPLES, count, distance, gathered, minds_no_mirror, split
 from archscan.least_squares import Effort, Solution, solve
@@ -36,15 +41,20 @@ from archscan.recover import recalibrate_batchnorm
 from archscan.rehearsal import Place, Rehearsal, rehearse
 from archscan.surgery import Surgery, named_tensors
 
-Level = Literal["bias", "ls"]
-StepName = Literal["bias", "ls", "bn"]
+Level = Literal["bias", "ls", "blocks"]
+StepName = Literal["bias", "ls", "blocks", "bn"]
 Progress = Callable[[int, int], None]
-"""Called with (layers done, layers in all)."""
+"""Called with (layers and blocks done, layers and blocks in all)."""
 
 _LIVE_TENSORS = 5
 """Activations of the largest size that both networks hold at a time, as in a residual block."""
 
-_SAID: Mapping[StepName, str] = {"ls": "least squares", "bias": "bias correction", "bn": "BatchNorm recalibration"}
+_SAID: Mapping[StepName, str] = {
+    "ls": "least squares",
+    "bias": "bias correction",
+    "blocks": "block by block",
+    "bn": "BatchNorm recalibration",
+}
 _NOT_ABSORBABLE = "no bias and no BatchNorm of its own takes up a mean"
 _MISPLACED = "its outputs lie at other positions in the slim network"
 
@@ -81,7 +91,7 @@ class Step:
     """One repair of the whole network.
 
     Attributes:
-        name: ``bias``, ``ls``, or ``bn`` for BatchNorm recalibration.
+        name: ``bias``, ``ls``, ``blocks``, or ``bn`` for BatchNorm recalibration.
         kept: Whether it brought the outputs closer to the original's; taken back otherwise.
         loss_before: Distance of the outputs from the original's on held-out images, see `distance`.
         loss_after: The same after the step.
@@ -105,6 +115,7 @@ class Repaired:
         samples: Images that were fitted to.
         holdout: Images that it was checked on.
         mirrored: Whether the mirror images of the former were fitted to as well.
+        blocks: What became of each block; empty where none was tuned.
     """
 
     model: nn.Module
@@ -114,15 +125,18 @@ class Repaired:
     samples: int
     holdout: int
     mirrored: bool = False
+    blocks: tuple[BlockRepair, ...] = ()
 
     def clause(self) -> str:
         """Say in one clause what was done."""
         named = {
             "ls": f"weights of {sum(layer.changed == 'weights' for layer in self.layers)} layers re-solved",
             "bias": f"mean outputs of {sum(layer.changed == 'bias' for layer in self.layers)} layers corrected",
+            "blocks": f"{sum(block.changed for block in self.blocks)} blocks tuned",
             "bn": "BatchNorm statistics recalibrated",
         }
-        done = " and ".join(named[step.name] for step in self.steps if step.kept) or "nothing repaired"
+        kept = [named[step.name] for step in self.steps if step.kept]
+        done = " and ".join([", ".join(kept[:-1]), kept[-1]] if len(kept) > 1 else kept) or "nothing repaired"
         back = ", ".join(step.name for step in self.steps if not step.kept)
         mirrored = " and their mirror images" if self.mirrored else ""
         return f"{done} on {self.samples} images{mirrored}, checked on {self.holdout} others" + (
@@ -136,9 +150,15 @@ class Repaired:
             f"({step.loss_before:.3g} to {step.loss_after:.3g})"
             for step in self.steps
         )
-        stayed = sum(layer.changed == "nothing" for layer in self.layers)
-        rest = [f"no change to {stayed} of {len(self.layers)} layers fitted those images better"]
-        rest = rest if stayed else []
+        counts = (
+            (sum(layer.changed == "nothing" for layer in self.layers), len(self.layers), "layers"),
+            (sum(not block.changed for block in self.blocks), len(self.blocks), "blocks"),
+        )
+        rest = [
+            f"no change to {stayed} of {total} {what} fitted those images better"
+            for stayed, total, what in counts
+            if stayed
+        ]
         if self.skipped:
             name, why = next(iter(self.skipped.items()))
             rest.append(f"{len(self.skipped)} could not be solved for (such as {name}: {why})")
@@ -156,21 +176,24 @@ def repair(
     level: Level,
     *,
     effort: Effort | None = None,
+    block_effort: BlockEffort | None = None,
     max_bytes: int = 4 << 30,
     progress: Progress | None = None,
 ) -> Repaired:
     """Bring a slim network's outputs closer to the original's; both networks are left unchanged.
 
     Costs one forward pass of either network over the images, and, for each layer of K inputs and O outputs, products
-    of K² + (1 + sweeps) · 2 K O multiply-adds per position that is looked at, and K³ / 3 for each ridge tried.
+    of K² + (1 + sweeps) · 2 K O multiply-adds per position that is looked at, and K³ / 3 for each ridge tried. Blocks
+    cost what `tune_blocks` says.
 
     Args:
         original: The network before slimming.
         slim: The network that it was slimmed to.
         surgery: What was cut.
         batches: Tensors of images, or tuples that start with one.
-        level: ``bias`` for the biases only, ``ls`` for the weights too.
+        level: ``bias`` for the biases only, ``ls`` for the weights too, ``blocks`` for these and then block by block.
         effort: How much work to put into each layer.
+        block_effort: How much to put into each block.
         max_bytes: Activations to keep at a time; fewer images are used where they would not fit.
         progress: Called after every layer.
 
@@ -179,12 +202,12 @@ def repair(
     """
     device = next((tensor.device for tensor in slim.parameters()), torch.device("cpu"))
     images = gathered(batches).to(device)
-    job = _Job(original, surgery, effort or Effort(), progress)
+    job = _Job(original, surgery, effort or Effort(), block_effort or BlockEffort(), progress)
     with train_mode(original, False), train_mode(slim, False):
         rehearsal = rehearse(original, images[:2])
         room = _affordable(rehearsal, max_bytes)
         fit, holdout = split(images[: max(LEAST_SAMPLES, room)])
-        mirrored = level == "ls" and 2 * count(fit) + count(holdout) <= room and minds_no_mirror(original, holdout)
+        mirrored = level != "bias" and 2 * count(fit) + count(holdout) <= room and minds_no_mirror(original, holdout)
         more = [chunk.flip(-1) for chunk in fit] if mirrored else []
         repaired = _repaired(job, slim, rehearsal, [*fit, *more], holdout, level)
         repaired = replace(repaired, samples=count(fit), mirrored=mirrored)
@@ -198,36 +221,47 @@ class _Job:
     original: nn.Module
     surgery: Surgery
     effort: Effort
+    block_effort: BlockEffort
     progress: Progress | None
 
 
 def _repaired(
     job: _Job, slim: nn.Module, rehearsal: Rehearsal, fit: list[Tensor], holdout: list[Tensor], level: Level
 ) -> Repaired:
-    """Try the levels from the wanted one down until one helps, then BatchNorm recalibration."""
+    """Try the levels from the wanted one down until one helps, then block by block, or BatchNorm recalibration."""
     model = slim
     steps: list[Step] = []
     layers: tuple[LayerRepair, ...] = ()
     loss = distance(job.original, slim, holdout)
-    levels: Sequence[Level] = ("ls", "bias") if level == "ls" else ("bias",)
-    for name in levels:
+    names: Sequence[Literal["ls", "bias"]] = ("bias",) if level == "bias" else ("ls", "bias")
+    for name in names:
         candidate, found = _reconstructed(job, slim, rehearsal, fit, holdout, name)
         after = distance(job.original, candidate, holdout)
         steps.append(Step(name, after < loss, loss, after))
         if steps[-1].kept:
             model, layers, loss = candidate, found, after
             break
-    recalibrated = recalibrate_batchnorm(model, fit)
-    if recalibrated.layers:
+    blocks = find_blocks(job.original, fit[0][:2], rehearsal.places) if level == "blocks" else []
+    tuned: tuple[BlockRepair, ...] = ()
+    if blocks:
+        candidate = copy.deepcopy(model)
+        tuned = tune_blocks(job.original, candidate, blocks, job.surgery, fit, holdout, job.block_effort, job.progress)
+        after = distance(job.original, candidate, holdout)
+        steps.append(Step("blocks", after < loss, loss, after))
+        if steps[-1].kept:
+            model, loss = candidate, after
+    solved = any(step.name == "ls" and step.kept for step in steps)
+    recalibrated = None if solved else recalibrate_batchnorm(model, fit)
+    if recalibrated is not None and recalibrated.layers:
         after = distance(job.original, recalibrated.model, holdout)
         steps.append(Step("bn", after < loss, loss, after))
         model = recalibrated.model if steps[-1].kept else model
     skipped = dict(rehearsal.skipped)
-    done, solved = {layer.weight for layer in layers}, any(step.name == "ls" and step.kept for step in steps)
+    done = {layer.weight for layer in layers}
     for place in rehearsal.places if layers else ():
         if place.weight not in done:
             skipped[place.weight] = _MISPLACED if solved or place.bias or place.mean else _NOT_ABSORBABLE
-    return Repaired(copy.deepcopy(model), tuple(steps), layers, skipped, count(fit), count(holdout))
+    return Repaired(copy.deepcopy(model), tuple(steps), layers, skipped, count(fit), count(holdout), blocks=tuned)
 
 
 # One step -------------------------------------------------------------------------------------------------------------
@@ -239,7 +273,12 @@ def _affordable(rehearsal: Rehearsal, max_bytes: int) -> int:
 
 
 def _reconstructed(
-    job: _Job, slim: nn.Module, rehearsal: Rehearsal, fit: list[Tensor], holdout: list[Tensor], level: Level
+    job: _Job,
+    slim: nn.Module,
+    rehearsal: Rehearsal,
+    fit: list[Tensor],
+    holdout: list[Tensor],
+    level: Literal["ls", "bias"],
 ) -> tuple[nn.Module, tuple[LayerRepair, ...]]:
     """Solve for every layer of a copy."""
     result = copy.deepcopy(slim)

@@ -47,7 +47,7 @@ from archscan.surgery import Surgery
 from archscan.verify import Verification
 from archscan.widths import WidthRule, allowed_steps
 
-RECOVERIES = ("none", "bn", "bias", "ls")
+RECOVERIES = ("none", "bn", "bias", "ls", "blocks")
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,8 @@ class SlimSettings:
         rule: Which widths are allowed.
         protect: Shell patterns of layers that keep their width.
         recover: Repair on the calibration batches after slimming: ``bn`` re-estimates BatchNorm statistics, ``bias``
-            corrects mean outputs, ``ls`` re-solves weights by least squares (see `reconstruct.repair`).
+            corrects mean outputs, ``ls`` re-solves weights by least squares, ``blocks`` then tunes block by block (see
+            `reconstruct.repair`).
         seed: Of everything random.
         rounds: Slim in so many steps, each repaired, and scored anew before the next (see `rounds`).
         set_effects: Whether a set of units costs the sum of their saliencies (``additive``), or what the criterion's
@@ -68,7 +69,7 @@ class SlimSettings:
 
     rule: WidthRule = field(default_factory=WidthRule)
     protect: tuple[str, ...] = ()
-    recover: Literal["none", "bn", "bias", "ls"] = "none"
+    recover: Literal["none", "bn", "bias", "ls", "blocks"] = "none"
     seed: int = 0
     rounds: int = DEFAULT_ROUNDS
     set_effects: Literal["additive", "quadratic"] = "additive"

@@ -63,6 +63,7 @@ def tie(coupling: Coupling, names: Sequence[str]) -> Coupling:
         channels_per_step=min(group.channels_per_step * group.steps // steps for group in chosen),
         members=tuple(dict.fromkeys(member for group in chosen for member in group.members)),
         frozen=None,
+        summed=any(group.summed for group in chosen),
     )
     groups = [joint if group is chosen[0] else group for group in coupling.groups if group not in chosen[1:]]
     number = {group.name: index for index, group in enumerate(groups)}

@@ -72,6 +72,14 @@ def group_of_unit(coupling: Coupling) -> np.ndarray:
     return group_U
 
 
+def summed(coupling: Coupling) -> np.ndarray:
+    """Say of each unit whether sums write its channels, boolean, shape [U]."""
+    summed_U = np.zeros(coupling.unit_count, dtype=bool)
+    for group in coupling.groups:
+        summed_U[np.asarray(group.units).reshape(-1)] = group.summed
+    return summed_U
+
+
 def weight_statistics(model: nn.Module, coupling: Coupling, needs: Collection[str]) -> dict[str, np.ndarray]:
     """Compute the statistics that no batch is needed for, and those that `sharpness` reads."""
     found: dict[str, np.ndarray] = {}
@@ -81,6 +89,8 @@ def weight_statistics(model: nn.Module, coupling: Coupling, needs: Collection[st
         found["bn_scale"] = bn_scale(model, coupling)
     if "group" in needs or "sharpness" in needs:
         found["group"] = group_of_unit(coupling)
+    if "summed" in needs:
+        found["summed"] = summed(coupling)
     if "read_norm" in needs or "sharpness" in needs:
         found["read_norm"] = read_norm(model, coupling)
     return found

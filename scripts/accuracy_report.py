@@ -15,7 +15,9 @@ DEFAULT = "default"
 AIMS = {0.7: 0.4, 0.6: 0.8, 0.5: 1.5, 0.4: 3.0}
 """Points of accuracy that ResNet-56 may lose at a fraction of the MACs, as the project has set itself."""
 
-WORDS = {"none": "as slimmed", "bn": "BatchNorm recalibrated", "bias": "mean outputs", "ls": "least squares"}
+WORDS = {"none": "as slimmed", "bn": "BatchNorm recalibrated", "bias": "mean outputs", "ls": "least squares"} | {
+    "blocks": "least squares, then block by block"
+}
 PEER_USE = """Torch-Pruning is used through its documented `BasePruner` with global ranking, one channel at a time and
 400 steps, scored anew before each, with fresh gradients (of the same images, in eval mode) for each 2.5 % of the MACs
 that are gone (10 % for `hessian` and `obdc`). `kept` protects the first convolution and every block's second one: its
@@ -44,7 +46,7 @@ class Point:
         seed: Of the calibration images.
         macs: What was kept, as a fraction, counted by fvcore; None where it failed.
         accuracy: In [0, 1], by recovery.
-        seconds: To slim, without evaluation; shared evenly by the ratios that came out of one run.
+        seconds: To slim, without evaluation; what all ratios share is in that of the first, or evenly in the peer's.
         failure: Why there is no network.
     """
 
@@ -198,8 +200,8 @@ def _kind(side: str, method: str, recovery: str) -> tuple[str | None, str]:
     """Name the family of a curve, with a colour that colour-blind readers tell apart (Okabe and Ito 2008)."""
     if method == DEFAULT:
         return "archscan, default", "#D55E00"
-    if side == "archscan" and recovery == "ls":
-        return "archscan, each criterion, least squares", "#E69F00"
+    if side == "archscan" and recovery in ("ls", "blocks"):
+        return "archscan, each criterion, least squares or block by block", "#E69F00"
     if side == "archscan" and recovery == "bn":
         return "archscan, each criterion, BatchNorm recalibrated", "#56B4E9"
     if side == "torch-pruning" and recovery == "bn":

@@ -40,8 +40,10 @@ from archscan.data import calibration_images, evaluation_images  # isort: skip
 from archscan.errors import ArchscanError  # isort: skip
 from archscan.evaluation import top_one  # isort: skip
 from archscan.reconstruct import repair  # isort: skip
+from archscan.planner import Budget  # isort: skip
 from archscan.recover import recalibrate_batchnorm  # isort: skip
 from archscan.report.progress import progress_on  # isort: skip
+from archscan.slimming import slim_each  # isort: skip
 from archscan.sources import Subject  # isort: skip
 
 NETWORKS = ("resnet20_cifar", "resnet56_cifar")
@@ -49,7 +51,7 @@ RATIOS = (0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 METHODS = (DEFAULT, "obd", "taylor-fo", "taylor-abs", "sosp-h", "sosp-i", "magnitude", "bn-scale", "random")
 PEERS = tuple(f"{name}/kept/iterative" for name in ("random", "l1", "l2", "lamp", "fpgm", "bn-scale", "taylor"))
 PEERS = (*PEERS, "hessian/kept/iterative", "obdc/kept/iterative")
-RECOVERIES = ("none", "bn", "bias", "ls")
+RECOVERIES = ("none", "bn", "bias", "ls", "blocks")
 
 
 @dataclass(frozen=True)
@@ -83,26 +85,26 @@ class Bench:
 def of_method(bench: Bench, method: str, ratios: Sequence[float]) -> Iterator[Point]:
     """Slim with archscan to each ratio: by a criterion in one go and then repaired, or as the defaults do."""
     model, example = bench.subject.model, bench.subject.example_input
+    name = None if method == DEFAULT else method
+    settings = archscan.SlimSettings(recover="blocks" if method == DEFAULT else "none", seed=bench.seed)
+    budgets = [Budget("macs", ratio) for ratio in ratios]
+    results = slim_each(model, example, budgets, data=bench.scored, criterion=name, settings=settings)
     for ratio in ratios:
         start = time.perf_counter()
-        name = None if method == DEFAULT else method
-        settings = archscan.SlimSettings(recover="ls" if method == DEFAULT else "none", seed=bench.seed)
         point = Point(bench.network, "archscan", method, ratio, bench.seed)
         try:
-            result = archscan.slim(
-                model, example, target_flops=ratio, data=bench.scored, criterion=name, settings=settings
-            )
-        except ArchscanError as error:
+            result = next(results)
+        except ArchscanError as error:  # after which there is no other result
             yield Point(**{**asdict(point), "failure": str(error)})
-            continue
+            return
         point = Point(**{**asdict(point), "seconds": time.perf_counter() - start})
         if method == DEFAULT:
             kept = counted_macs(result.model, example) / bench.dense_macs
-            yield Point(**{**asdict(point), "macs": kept, "accuracy": {"ls": bench.measured(result.model)}})
+            yield Point(**{**asdict(point), "macs": kept, "accuracy": {"blocks": bench.measured(result.model)}})
             continue
         repaired = {
             level: bench.measured(repair(model, result.model, result.surgery, bench.scored, level).model)
-            for level in ("bias", "ls")
+            for level in ("bias", "ls", "blocks")
             if level in bench.recoveries
         }
         yield bench.finish(point, result.model, repaired)

@@ -47,6 +47,7 @@ def made_up(samples: int = 7, units: int = 5, seed: int = 0) -> GateStatistics:
         weight_norm_U=draw.random(units),
         bn_scale_U=np.where(np.arange(units) == 1, np.nan, draw.random(units)),
         group_U=np.arange(units) // 2 - 1,
+        summed_U=np.arange(units) % 3 == 0,
     )
 
 

@@ -1,5 +1,7 @@
 """Emptying groups unit by unit: against exact least squares on every set that is looked at."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,11 +10,12 @@ from torch.nn import functional as F
 
 from archscan.criteria import score
 from archscan.criteria.columns import DAMPENING
+from archscan.criteria.elimination import STREAM_FACTOR
 from archscan.gates import collect
 from archscan.groups import couple
 from archscan.losses import classification_loss
 
-NEEDS = frozenset({"sample_gradient", "layer_inputs", "group"})
+NEEDS = frozenset({"sample_gradient", "layer_inputs", "group", "summed"})
 
 
 class Two(nn.Module):
@@ -114,3 +117,33 @@ def test_a_wide_group_is_emptied_several_units_at_a_time(case, monkeypatch):
     assert saliency[::2] == pytest.approx(saliency[1::2], rel=1e-8)
     assert (np.diff(saliency) > 0).all()
     assert saliency[-1] > 1.5 * saliency[0]
+
+
+class Stream(nn.Module):
+    """A stream that two branches add to, one of them by a constant, and whose inner width nothing is added to."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, padding=1)
+        self.inner, self.outer = nn.Conv2d(6, 5, 3, padding=1), nn.Conv2d(5, 6, 1)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x):
+        hidden = F.relu(self.stem(x))
+        inner = F.relu(self.inner(hidden) + 1.0)
+        return self.head((hidden + self.outer(inner)).mean((2, 3)))
+
+
+def test_units_that_sums_write_cost_their_factor_more():
+    torch.manual_seed(0)
+    model, images = Stream().double().eval(), torch.randn(12, 3, 5, 5, dtype=torch.float64)
+    coupling = couple(model, images[:2])
+    assert {group.name: group.summed for group in coupling.groups if group.frozen is None} == {
+        "stem": True,
+        "inner": False,
+    }
+    statistics = collect(model, coupling, [(images, torch.arange(12) % 3)], classification_loss, NEEDS)
+    plain = replace(statistics, summed_U=np.zeros(coupling.unit_count, dtype=bool))
+    factor_U = np.where(statistics.require("summed"), STREAM_FACTOR, 1.0)
+    assert set(factor_U.tolist()) == {1.0, STREAM_FACTOR}
+    np.testing.assert_allclose(score("obd-obc", statistics), factor_U * score("obd-obc", plain), rtol=1e-12)

@@ -79,13 +79,14 @@ def test_accuracy(tmp_path: Path) -> None:
         *(("archscan", method) for method in ("default", "magnitude")),
         *(("torch-pruning", peer) for peer in peers.split(",")),
     }
-    repairs = {"default": {"ls"}, "magnitude": {"none", "bn", "bias", "ls"}}
+    repairs = {"default": {"blocks"}, "magnitude": {"none", "bn", "bias", "ls", "blocks"}}
     for point in data["points"]:
         assert point["failure"] is None
         assert point["ratio"] - 0.05 < point["macs"] <= point["ratio"]
         assert point["accuracy"].keys() == repairs.get(point["method"], {"none", "bn"})
         assert all(0 <= accuracy <= 1 for accuracy in point["accuracy"].values())
     assert "| magnitude | least squares |" in markdown
+    assert "| magnitude | least squares, then block by block |" in markdown
     assert (tmp_path / "accuracy-resnet20_cifar.svg").exists()
 
     cached = tmp_path / "accuracy" / "cache.jsonl"

@@ -118,18 +118,18 @@ def add_scores(parser: argparse.ArgumentParser) -> None:
     scores = parser.add_argument_group("scores and repair")
     named = (
         "one that archscan criteria lists, a+b for the mean of ranks, or auto, which audits some on your images "
-        f"(default: {DEFAULT_CRITERION}, and {LEAST_SQUARES_CRITERION} before ls)"
+        f"(default: {DEFAULT_CRITERION}, and {LEAST_SQUARES_CRITERION} before ls and blocks)"
     )
     scores.add_argument("--criterion", metavar="NAME", help=named)
     recover = (
-        "repair after slimming: none, BatchNorm statistics (bn), mean outputs (bias), or weights by least squares "
-        "(ls, the default for networks with BatchNorm where data are real)"
+        "repair after slimming: none, BatchNorm statistics (bn), mean outputs (bias), weights by least squares (ls), "
+        "or these and then block by block (blocks, the default for networks with BatchNorm where data are real)"
     )
     rounds = "slim in N steps, each repaired, and scored anew before the next (default: %(default)s)"
     scores.add_argument("--rounds", type=parse_count, default=DEFAULT_ROUNDS, metavar="N", help=rounds)
     effects = "what a set of channels costs: the sum of their saliencies (default), or what their interactions say"
     scores.add_argument("--set-effects", choices=("additive", "quadratic"), default="additive", help=effects)
-    scores.add_argument("--recover", choices=("none", "bn", "bias", "ls"), help=recover)
+    scores.add_argument("--recover", choices=("none", "bn", "bias", "ls", "blocks"), help=recover)
     epochs = "after every round, train so many epochs on --data, taught by the dense original (default: no training)"
     scores.add_argument("--finetune-epochs", type=parse_count, metavar="N", help=epochs)
     samples = "images of --data to train on (default: all)"

@@ -42,6 +42,7 @@ class CriterionRow:
 _READS: Mapping[Need, tuple[str, ...]] = MappingProxyType(
     {
         "group": (),
+        "summed": (),
         "weight_norm": (),
         "bn_scale": (),
         "read_norm": (),

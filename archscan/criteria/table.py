@@ -276,8 +276,8 @@ _ROWS = (
     _row(
         "obd-obc",
         elimination.obd_obc,
-        "rise of tr(W_R [(C^-1)_RR]^-1 W_R') as u joins the set R that readers miss least, scaled to 1/2 F by group",
-        {"sample_gradient", "layer_inputs", "group"},
+        "rise of tr(W_R [(C^-1)_RR]^-1 W_R') as u joins the set R that readers miss least, by group scaled to 1/2 F or F",
+        {"sample_gradient", "layer_inputs", "group", "summed"},
         _SECOND_MOMENTS,
         "LeCun et al. 1990; Frantar and Alistarh 2022; Kurtic et al. 2023",
         "As obd-ls, when much goes at once: a unit counts as redundant only as long as its doubles are there.",
