@@ -276,7 +276,7 @@ _ROWS = (
     _row(
         "obd-obc",
         elimination.obd_obc,
-        "rise of tr(W_R [(C^-1)_RR]^-1 W_R') as u joins the set R that readers miss least, scaled to 1/2 F (streams: F)",
+        "rise of tr(W_R [(C^-1)_RR]^-1 W_R') as u joins the set R that readers miss least, scaled to 1/2 F (streams F)",
         {"sample_gradient", "layer_inputs", "group", "summed"},
         _SECOND_MOMENTS,
         "LeCun et al. 1990; Frantar and Alistarh 2022; Kurtic et al. 2023",
