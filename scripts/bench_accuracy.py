@@ -149,6 +149,7 @@ def options_of() -> argparse.Namespace:
     parser.add_argument("--eval-samples", type=int, default=None, help="default: all")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--resume", action="store_true", help="take what was measured from the cache")
+    parser.add_argument("--report", action="store_true", help="only write the report on what was measured, all of it")
     return parser.parse_args()
 
 
@@ -166,6 +167,8 @@ def check(options: argparse.Namespace) -> None:
                 parse_peer(text)
             except ValueError:
                 raise SystemExit(f"{text!r} is no way to use the peer; choose from {', '.join(PEERS)}") from None
+    if options.report and not options.resume:
+        raise SystemExit("--report writes of what is in the cache, which is emptied without --resume; pass both")
     if options.samples % options.batch_size:
         raise SystemExit("--samples must be a multiple of --batch-size, so that all batches are of one size")
     if strange := set(options.recoveries) - set(RECOVERIES):
@@ -213,6 +216,7 @@ def main() -> None:
                     step(done, total)
                     done += 1
                     left = [ratio for ratio in ratios if (network, side, method, ratio, bench.seed) not in cache.points]
+                    left = [] if options.report else left
                     measure = of_method if side == "archscan" else of_peer
                     for point in measure(bench, method, left) if left else ():
                         cache.put(point)
