@@ -38,3 +38,12 @@ def test_every_head_and_rank_is_proven(dims, head):
 def test_zeros_after_channels_that_were_last_can_follow():
     listed = (Instruction("channels_last", variant=3), Instruction("channels_last", variant=2), Instruction("pad"))
     assert check(Program(instructions=listed), seed=0).kind == "equal with the same statistics"
+
+
+def test_rows_that_differ_only_where_they_are_frozen_come_to_an_end():
+    # The rows of the normalisation's groups were tied again and again: what differs between them could not be united.
+    before = [("pad", 0, 0), ("pad", 0, 0), ("concat", 4, 0), ("slice_add", 2, 0), ("standardised", 0, 0)]
+    after = [("slice_add", 0, 0), ("channels_last", 0, 0), ("norm", 4, 4)]
+    listed = tuple(Instruction(name, first=first, variant=variant) for name, first, variant in [*before, *after])
+    outcome = check(Program(instructions=listed, head=2), seed=283)
+    assert (outcome.kind, outcome.removed) == ("equal with the same statistics", 3)

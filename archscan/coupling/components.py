@@ -67,6 +67,7 @@ def _resolve(record: Record, taken_back: set[int]) -> Components:
             joined = torch.cat(choice.rows, dim=1)
             pairs.append(_tied(joined[:, :1], joined))
             frozen.extend((labels, choice.where) for labels in choice.stays)
+    count = -1
     while True:
         of_label = _connected(pairs, record.next_label)
         reason = {0: ""} | _frozen_components(record, frozen, of_label)
@@ -75,6 +76,9 @@ def _resolve(record: Record, taken_back: set[int]) -> Components:
         ties, fibres = _constraints(grids, of_label, reason, signature)
         if not ties:
             return Components(of_label, signature, reason, fibres)
+        if count == int(of_label.max()):  # tying them changed nothing
+            frozen.extend((grid, "its rows could not keep equal counts") for grid in ties)
+        count = int(of_label.max())
         pairs.extend(_tied(grid[:1], grid) for grid in ties)
 
 
@@ -132,6 +136,9 @@ def _constraints(
         if not free.any():
             continue
         labels = labels[free].reshape(len(labels), -1)
+        components = np.sort(of_label[labels.numpy()], axis=1)
+        if bool((components == components[0]).all()):
+            continue  # what differs between the rows stays
         rows = tuple(dict.fromkeys(tuple(dict.fromkeys(row)) for row in of_label[labels.numpy()].tolist()))
         key = frozenset(frozenset(row) for row in rows)
         if _planable(rows, labels.shape[1], signature):
