@@ -60,7 +60,7 @@ from archscan.report import terminal, progress
 from net import make
 
 NEEDS = frozenset(("gradient", "sample_gradient", "fisher_gradient", "hessian_ones", "hessian_diagonal", "weight_norm",
-                   "bn_scale", "group", "read_norm", "layer_inputs", "layer_gradients", "sharpness"))
+                   "bn_scale", "group", "summed", "read_norm", "layer_inputs", "layer_gradients", "sharpness"))
 
 def flat(found):
     for name in sorted(vars(found)):
