@@ -169,14 +169,14 @@ def tune_blocks(
     done: list[BlockRepair] = []
     met = lockstep_blocks(original, slim, [block.path for block in blocks], [*fit, *holdout])
     with contextlib.closing(met):
-        for block, (path, meetings) in zip(blocks, met, strict=False):
+        for number, (block, (path, meetings)) in enumerate(zip(blocks, met, strict=False), start=1):
             module = slim.get_submodule(path)
             aligned = [_aligned(module, meeting, block, surgery) for meeting in meetings]
             pairs = [meeting for meeting in aligned if meeting is not None]
             if len(pairs) == len(meetings):
                 done.append(_tuned(path, module, pairs[: len(fit)], pairs[len(fit) :], effort))
             if progress is not None:
-                progress(len(done), len(blocks))
+                progress(number, len(blocks))
     return tuple(done)
 
 
@@ -187,7 +187,7 @@ def _aligned(module: nn.Module, meeting: BlockMeeting, block: Block, surgery: Su
     target = meeting.target
     if shape[1:] == target.shape[1:]:
         return meeting
-    kept = next((cut.kept for cut in surgery.cuts.get(block.last.weight, ()) if cut.axis == 0), None)
+    kept = surgery.kept_rows(block.last.weight)
     axes = [axis for axis in range(1, target.ndim) if len(shape) == target.ndim and shape[axis] != target.shape[axis]]
     if kept is None or len(axes) != 1 or shape[axes[0]] != len(kept):
         return None
@@ -199,18 +199,11 @@ def _aligned(module: nn.Module, meeting: BlockMeeting, block: Block, surgery: Su
 
 def _error(module: nn.Module, pairs: Sequence[BlockMeeting]) -> float:
     """Give the squared error of a block's outputs, relative to the variance of the targets."""
-    error = total = square = 0.0
-    count = 0
     with torch.no_grad():
-        for pair in pairs:
-            target = pair.target.double()
-            error += float((module(pair.inputs.clone()).double() - target).square().sum())
-            total, square, count = (
-                total + float(target.sum()),
-                square + float(target.square().sum()),
-                count + target.numel(),
-            )
-    return error / max(square - total * total / max(count, 1), torch.finfo(torch.float64).tiny)
+        found = torch.cat([module(pair.inputs.clone()) for pair in pairs]).double()
+    target = torch.cat([pair.target for pair in pairs]).double()
+    variance = float((target - target.mean()).square().sum())
+    return float((found - target).square().sum()) / max(variance, torch.finfo(torch.float64).tiny)
 
 
 def _tuned(

@@ -1,8 +1,8 @@
-"""Outputs of common ATen ops on the meta device, by their sizes alone.
+"""Outputs of ATen ops on the meta device, by their sizes alone.
 
-There torch derives the size of a normalisation, a broadcast or a mean through Python decompositions that take a hundred
-times as long as the op itself, and most of a capture. Each function here returns the outputs, or None where the case is
-not the plain one, and then the op runs as usual.
+There torch derives most sizes through Python decompositions that take a hundred times as long as the op itself, and
+most of a capture. Those of normalisations follow from a formula here; those of every other op that returns nothing but
+new tensors are remembered, since networks repeat blocks and trials repeat networks. All else runs as usual.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -22,6 +22,9 @@ def default_criterion(recover: str | None) -> str:
     return LEAST_SQUARES_CRITERION if recover in ("ls", "blocks") else DEFAULT_CRITERION
 
 
+Recovery = Literal["none", "bn", "bias", "ls", "blocks"]
+"""How a slim network may be repaired."""
+
 DEFAULT_ROUNDS = 1
 """In how many rounds a network is slimmed, scored anew before each."""
 
@@ -165,7 +168,7 @@ class SlimOptions:
     run: RunOptions = field(default_factory=RunOptions)
     output: OutputOptions = field(default_factory=OutputOptions)
     criterion: str | None = None
-    recover: Literal["none", "bn", "bias", "ls", "blocks"] | None = None
+    recover: Recovery | None = None
     rounds: int = DEFAULT_ROUNDS
     set_effects: Literal["additive", "quadratic"] = "additive"
     exports: tuple[str, ...] = ()

@@ -4,7 +4,6 @@ import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 from archscan import saving
 from archscan.audit import Choice, choose_criterion
@@ -25,6 +24,7 @@ from archscan.options import (
     SYNTHETIC_SAMPLES,
     EvaluateOptions,
     ProgressFactory,
+    Recovery,
     ScanOptions,
     SlimOptions,
     TargetKind,
@@ -49,8 +49,6 @@ AUTO = "auto"
 CANDIDATES = ("obd", "obs", "taylor-so", "taylor-fo", "taylor-abs", "mfac", "cbs", "sosp-h")
 """What it chooses from: everything that scored within its own uncertainty of the best on the CIFAR ResNets, and costs
 little."""
-
-Recovery = Literal["none", "bn", "bias", "ls", "blocks"]
 
 _NO_ACCURACY = "no accuracy can be measured; evaluate on the classes that the model was trained for"
 

@@ -306,7 +306,7 @@ def _is_depthwise(layer: Layer) -> bool:
 
 
 def _kept(surgery: Surgery, place: Place) -> Tensor | None:
-    kept = next((cut.kept for cut in surgery.cuts.get(place.weight, ()) if cut.axis == 0), None)
+    kept = surgery.kept_rows(place.weight)
     return None if kept is None else torch.tensor(kept)
 
 

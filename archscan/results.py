@@ -9,7 +9,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ from archscan.findings import (
 from archscan.groups import ChannelGroup, Coupling
 from archscan.latency import LatencyModel, LatencySetup, Timing
 from archscan.module_costs import cost_totals, latency_of, module_rows
-from archscan.options import DEFAULT_ROUNDS
+from archscan.options import DEFAULT_ROUNDS, Recovery
 from archscan.planner import Plan
 from archscan.recipes import Recipe
 from archscan.reconstruct import Repaired
@@ -47,7 +47,7 @@ from archscan.surgery import Surgery
 from archscan.verify import Verification
 from archscan.widths import WidthRule, allowed_steps
 
-RECOVERIES = ("none", "bn", "bias", "ls", "blocks")
+RECOVERIES = get_args(Recovery)
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class SlimSettings:
 
     rule: WidthRule = field(default_factory=WidthRule)
     protect: tuple[str, ...] = ()
-    recover: Literal["none", "bn", "bias", "ls", "blocks"] = "none"
+    recover: Recovery = "none"
     seed: int = 0
     rounds: int = DEFAULT_ROUNDS
     set_effects: Literal["additive", "quadratic"] = "additive"

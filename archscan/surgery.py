@@ -69,6 +69,10 @@ class Surgery:
     cuts: Mapping[str, tuple[Cut, ...]]
     attributes: Mapping[str, Mapping[str, int | tuple[int, ...]]] = field(default_factory=dict)
 
+    def kept_rows(self, name: str) -> Any:
+        """Return the source of each index of axis 0 of a tensor; None where all stay."""
+        return next((cut.kept for cut in self.cuts.get(name, ()) if cut.axis == 0), None)
+
     def to_json(self) -> dict[str, Any]:
         """Return JSON values, indices as runs ``[start, stop]``."""
         return {

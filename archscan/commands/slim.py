@@ -3,6 +3,7 @@
 import argparse
 import shlex
 from dataclasses import replace
+from typing import get_args
 
 from archscan.arguments import (
     Parser,
@@ -31,6 +32,7 @@ from archscan.options import (
     DEFAULT_ROUNDS,
     LEAST_SQUARES_CRITERION,
     BudgetOptions,
+    Recovery,
     SlimOptions,
     TargetKind,
 )
@@ -129,7 +131,7 @@ def add_scores(parser: argparse.ArgumentParser) -> None:
     scores.add_argument("--rounds", type=parse_count, default=DEFAULT_ROUNDS, metavar="N", help=rounds)
     effects = "what a set of channels costs: the sum of their saliencies (default), or what their interactions say"
     scores.add_argument("--set-effects", choices=("additive", "quadratic"), default="additive", help=effects)
-    scores.add_argument("--recover", choices=("none", "bn", "bias", "ls", "blocks"), help=recover)
+    scores.add_argument("--recover", choices=get_args(Recovery), help=recover)
     epochs = "after every round, train so many epochs on --data, taught by the dense original (default: no training)"
     scores.add_argument("--finetune-epochs", type=parse_count, metavar="N", help=epochs)
     samples = "images of --data to train on (default: all)"
