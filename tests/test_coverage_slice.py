@@ -28,7 +28,7 @@ def swept(networks, folder, processes):
     running = []
     for number in range(1, processes + 1):
         output = folder / str(number)
-        options = ("--shard", f"{number}/{processes}", "--timeout", "100", "--output", str(output))
+        options = ("--shard", f"{number}/{processes}", "--timeout", "300", "--output", str(output))
         command = [sys.executable, str(SCRIPTS / "coverage.py"), "--networks", *networks, *options]
         environment = {**os.environ, **ENVIRONMENT}
         running.append((subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL), output))
