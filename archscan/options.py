@@ -151,7 +151,7 @@ class SlimOptions:
         criterion: A name from the criteria table; None for `default_criterion`.
         recover: Repair after slimming: ``bn`` recalibrates BatchNorm statistics, ``bias`` corrects mean outputs, ``ls``
             re-solves weights by least squares, ``blocks`` then tunes block by block; None is ``blocks`` where the data
-            are real and the network has BatchNorm (``bn`` where there are too few images).
+            are real (``bn``, or ``none`` without BatchNorm, where there are too few images).
         rounds: In how many steps to slim, each repaired, and scored anew before the next.
         set_effects: Whether a set of units costs the sum of their saliencies, or what a quadratic form says.
         exports: Formats to write besides: ``onnx``, ``pt2``, ``script``.

@@ -135,7 +135,7 @@ def _ready(
     with watch.stage("data"):
         images = read_images(options, subject, recover, progress)
     if options.recover is None and recover == "blocks" and len(images.calibration or ()) < LEAST_SAMPLES:
-        recover = "bn"
+        recover = _without_repair(subject)
     subject = replace(subject, model=subject.model.to(place.device))
     notes, named = list(notes_of(options, images, _named(options, recover))), options.criterion
     if options.criterion == AUTO:
@@ -187,12 +187,18 @@ def _targets(options: SlimOptions) -> tuple[tuple[TargetKind, float], ...]:
 
 
 def _recovery(options: SlimOptions, subject: Subject) -> Recovery:
-    """Decide on the repair: by default, all of it where there is BatchNorm and the images are real."""
+    """Decide on the repair: by default, all of it where the images are real and enough."""
     if options.recover == "bn" and not has_batchnorm(subject.model):
         raise BadInput(f"{subject.name} has no BatchNorm to recalibrate; leave out --recover bn")
-    useful = options.data.source != SYNTHETIC and has_batchnorm(subject.model)
+    if options.recover is not None or options.data.source == SYNTHETIC:
+        return options.recover or "none"
     enough = (options.data.samples or REAL_SAMPLES) >= LEAST_SAMPLES
-    return options.recover or ("none" if not useful else "blocks" if enough else "bn")
+    return "blocks" if enough else _without_repair(subject)
+
+
+def _without_repair(subject: Subject) -> Recovery:
+    """Say what a few images are good for."""
+    return "bn" if has_batchnorm(subject.model) else "none"
 
 
 def _named(options: SlimOptions, recover: Recovery) -> str:
@@ -230,8 +236,8 @@ def read_images(options: SlimOptions, subject: Subject, recover: Recovery, progr
             )
     elif not synthetic and options.finetune_epochs is None:
         raise BadInput(
-            f"nothing looks at --data: --criterion {_named(options, recover)} reads weights only, and {subject.name} "
-            "has no BatchNorm to recalibrate; leave it out"
+            f"nothing looks at --data: --criterion {_named(options, recover)} reads weights only, and nothing is "
+            f"repaired with fewer than {LEAST_SAMPLES} images; leave it out"
         )
     if data.eval_source is not None:
         with progress("Reading evaluation images") as step:

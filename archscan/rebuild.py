@@ -168,21 +168,17 @@ _WEIGHTS = (
 """Where a module keeps the tensor that has its weight's shape, most certain first."""
 
 
-def _replace(model: nn.Module, cuts: Mapping[int, Sequence[Cut]], names: Mapping[int, str]) -> None:
-    """Put cut tensors in the places of the old ones; a tensor that is registered twice stays one tensor."""
-    new: dict[int, Tensor] = {}
-    old: list[Tensor] = []  # kept alive, so that identities stay unique
-    for module in model.modules():
-        for registry in (module._parameters, module._buffers):
-            for name, tensor in registry.items():
-                if tensor is None or id(tensor) not in cuts:
-                    continue
-                if id(tensor) not in new:
-                    old.append(tensor)
-                    cut = sliced(tensor, cuts[id(tensor)], names[id(tensor)])
-                    is_parameter = isinstance(tensor, nn.Parameter)
-                    new[id(tensor)] = nn.Parameter(cut, tensor.requires_grad) if is_parameter else cut
-                registry[name] = new[id(tensor)]  # type: ignore[assignment]
+def _copied(model: nn.Module, tensors: Mapping[str, Tensor], cuts: Mapping[int, Sequence[Cut]]) -> nn.Module:
+    """Copy a model with cut tensors in the places of the old ones, which are not copied first.
+
+    A tensor that is registered twice stays one tensor.
+    """
+    new: dict[int, Any] = {}
+    for name, tensor in tensors.items():
+        if id(tensor) in cuts and id(tensor) not in new:
+            cut = sliced(tensor, cuts[id(tensor)], name)
+            new[id(tensor)] = nn.Parameter(cut, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else cut
+    return copy.deepcopy(model, new)
 
 
 def apply(model: nn.Module, surgery: Surgery) -> nn.Module:
@@ -198,8 +194,7 @@ def apply(model: nn.Module, surgery: Surgery) -> nn.Module:
     Raises:
         RebuildMismatch: The surgery does not fit the model.
     """
-    result = copy.deepcopy(model)
-    tensors = dict(named_tensors(result))
+    tensors = dict(named_tensors(model))
     cuts: dict[int, tuple[Cut, ...]] = {}
     for name, listed in surgery.cuts.items():
         if name not in tensors:
@@ -207,7 +202,7 @@ def apply(model: nn.Module, surgery: Surgery) -> nn.Module:
         if cuts.setdefault(id(tensors[name]), listed) != listed:
             raise RebuildMismatch(f"{name!r} is shared with another path that is cut differently")
     rows = {name: cuts[id(tensor)][0] for name, tensor in tensors.items() if id(tensor) in cuts}
-    _replace(result, cuts, {id(tensor): name for name, tensor in reversed(tensors.items())})
+    result = _copied(model, tensors, cuts)
     after = dict(named_tensors(result))
     for path, module in result.named_modules():
         follow = next((row[1] for row in _FOLLOWERS if isinstance(module, row[0])), None)

@@ -54,7 +54,7 @@ times the error that was found."""
 SETTLEMENTS = 4
 """How often a network that is narrowed everywhere may need more groups tied or frozen."""
 
-SLIM_PARAMETERS = 100_000_000
+SLIM_PARAMETERS = 50_000_000
 """Larger networks are slimmed by magnitude in the stages of `archscan.slim`, whose own proof holds five copies."""
 
 Record = dict[str, Any]
@@ -196,8 +196,7 @@ def _judged(case: _Case, seen: Record) -> tuple[Record, str]:
 
 def _relative(verification: Verification) -> Record:
     """Give the error of a comparison by `archscan.slim` as a fraction of the largest output."""
-    by_tolerance = (verification.max_abs_error or 0.0) / (verification.tolerance or 1.0)
-    error = by_tolerance * TOLERANCE[getattr(torch, verification.dtype)]
+    error = (verification.max_abs_error or 0.0) / (verification.largest_output or 1.0)
     return {"error": error, "dtype": verification.dtype, "by": verification.proof}
 
 

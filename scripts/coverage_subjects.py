@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from archscan.errors import BadInput
 from archscan.groups import Coupling, couple
+from archscan.randomize import randomize
 from archscan.recipes import Recipe, seeded
 from archscan.recipes import build as build_recipe
-from archscan.verify import randomize
 
 SIDES = (64, 96, 128, 160, 192, 224, 256, 288, 320, 384)
 CLIPS = ((3, 4, 32, 32), (3, 8, 64, 64), (3, 16, 64, 64), (3, 16, 112, 112), (3, 16, 224, 224))

@@ -20,7 +20,7 @@ FLOW = (
     *("ranges", "dead_units", "activations", "findings"),
     *("surgery", "divergence", "spies", "follow", "rebuild", "settle", "rounds"),
     *("recover", "rehearsal", "lockstep", "blocks", "positions", "least_squares", "heldout", "reconstruct"),
-    *("same_statistics", "verify", "fold", "recount", "recognise", "folders", "saving", "evaluation"),
+    *("same_statistics", "randomize", "verify", "fold", "recount", "recognise", "folders", "saving", "evaluation"),
     *("options", "report", "detailing", "module_costs", "results", "saved", "timm_entrypoint", "exporters", "training"),
     *("retraining", "replan", "pace", "stages", "diagnosis", "slimming"),
     *("audit", "remarks", "opening", "closing", "pipeline", "auditing", "widening", "lossless"),

@@ -13,10 +13,11 @@ from torch.nn import functional as F
 import archscan  # noqa: F401 - before anything that may import torchvision
 from archscan.errors import RebuildMismatch
 from archscan.groups import couple, freeze
+from archscan.randomize import randomize
 from archscan.rebuild import apply, rebuild, surgery_for
 from archscan.settle import narrowed
 from archscan.surgery import Cut, Surgery, named_tensors
-from archscan.verify import TOLERANCE, check_price, masked_original, output_tensors, prove, randomize, verify
+from archscan.verify import TOLERANCE, Verification, check_price, masked_original, output_tensors, prove, verify
 from tests import hand_couplings as hand
 
 
@@ -343,3 +344,31 @@ def test_price_must_be_exact() -> None:
         check_price(slim, counted_macs=11, predicted_macs=10, predicted_params=params)
     with pytest.raises(RebuildMismatch, match="parameters"):
         check_price(slim, counted_macs=10, predicted_macs=10, predicted_params=params + 1)
+
+
+class Amplifier(nn.Sequential):
+    """A network that makes much of the last digits: the sine of large numbers."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.sin(3e7 * super().forward(images))
+
+
+def amplified(error: float) -> Verification:
+    torch.manual_seed(0)
+    model = Amplifier(nn.Conv2d(3, 64, 3), nn.Tanh(), nn.Conv2d(64, 4, 3)).double().eval()
+    images = torch.randn(1, 3, 16, 16, dtype=torch.float64)
+    coupling = couple(model, images)
+    kept = narrowed(coupling, seed=0)
+    slim = rebuild(model, images, coupling, kept)
+    with torch.no_grad():
+        slim.model[2].weight[0] *= 1 + error
+    return verify(model, slim.model, coupling, kept, images)
+
+
+def test_rounding_that_a_network_amplifies_is_measured_and_no_error_hides_in_it() -> None:
+    right, wrong = amplified(0.0), amplified(1e-12)
+    assert TOLERANCE[torch.float64] < right.max_abs_error / right.largest_output
+    assert right.passed
+    assert "amplifies rounding" in right.reason
+    assert not wrong.passed
+    assert "where rounding explains" in wrong.reason

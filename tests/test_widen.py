@@ -19,12 +19,13 @@ from archscan.errors import BadInput, InfeasibleBudget, RebuildMismatch
 from archscan.groups import couple
 from archscan.options import BudgetOptions, DataOptions, ModelOptions, OutputOptions, RunOptions, WidenOptions
 from archscan.planner import Plan
+from archscan.randomize import randomize
 from archscan.rebuild import apply, rebuild, surgery_for
 from archscan.recount import fvcore_macs
 from archscan.results import Analysis
 from archscan.slimming import analyse
 from archscan.surgery import MAX_REPEATS, Cut, Surgery
-from archscan.verify import masked_original, output_tensors, randomize
+from archscan.verify import masked_original, output_tensors
 from archscan.widening import WidenSettings, widen
 from archscan.widening.copies import all_sources, sources_of, stretched, wider_steps
 from archscan.widening.trial import Bench, try_wider

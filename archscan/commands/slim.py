@@ -125,7 +125,7 @@ def add_scores(parser: argparse.ArgumentParser) -> None:
     scores.add_argument("--criterion", metavar="NAME", help=named)
     recover = (
         "repair after slimming: none, BatchNorm statistics (bn), mean outputs (bias), weights by least squares (ls), "
-        "or these and then block by block (blocks, the default for networks with BatchNorm where data are real)"
+        "or these and then block by block (blocks, the default where data are real)"
     )
     rounds = "slim in N steps, each repaired, and scored anew before the next (default: %(default)s)"
     scores.add_argument("--rounds", type=parse_count, default=DEFAULT_ROUNDS, metavar="N", help=rounds)
