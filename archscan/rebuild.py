@@ -104,11 +104,13 @@ def _split(copies: Tensor, cut: Cut, seed: int) -> Tensor:
 
 
 def _whole_groups_left(count: int, size: int, rows: Cut | None, where: str) -> int:
-    """Count the groups of a grouped axis that keep any row; those that do must keep equally many."""
+    """Count the groups of a grouped axis after a cut; all that keep any row must keep equally many."""
     if rows is None:
         return count
     if rows.repeats == "whole":
         return count * len(rows.kept) // size
+    if count == size:
+        return len(rows.kept)
     left = np.bincount(np.asarray(rows.kept) // (size // count), minlength=count)
     left = left[left > 0]
     if (left != left[0]).any():

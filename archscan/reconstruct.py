@@ -40,6 +40,7 @@ from archscan.positions import Layer, Sample
 from archscan.recover import recalibrate_batchnorm
 from archscan.rehearsal import Place, Rehearsal, rehearse
 from archscan.surgery import Surgery, named_tensors
+from archscan.wording import enumerated
 
 Level = Literal["bias", "ls", "blocks"]
 StepName = Literal["bias", "ls", "blocks", "bn"]
@@ -136,7 +137,7 @@ class Repaired:
             "bn": "BatchNorm statistics recalibrated",
         }
         kept = [named[step.name] for step in self.steps if step.kept]
-        done = " and ".join([", ".join(kept[:-1]), kept[-1]] if len(kept) > 1 else kept) or "nothing repaired"
+        done = enumerated(kept) or "nothing repaired"
         back = ", ".join(step.name for step in self.steps if not step.kept)
         mirrored = " and their mirror images" if self.mirrored else ""
         return f"{done} on {self.samples} images{mirrored}, checked on {self.holdout} others" + (

@@ -142,17 +142,12 @@ def rows_between(before: Surgery, after: Surgery) -> Surgery:
         A surgery of the network that the first one left, with the cuts of axis 0 only.
     """
     cuts = {}
-    for name, listed in after.cuts.items():
-        rows = _rows(listed)
-        first = _rows(before.cuts.get(name, ()))
+    for name in after.cuts:
+        first, rows = before.kept_rows(name), after.kept_rows(name)
         if rows is not None:
-            place = rows if first is None else np.searchsorted(first, rows)
-            cuts[name] = (Cut(0, tuple(place.tolist())),)
+            places = rows if first is None else np.searchsorted(first, rows).tolist()
+            cuts[name] = (Cut(0, tuple(places)),)
     return Surgery(cuts)
-
-
-def _rows(cuts: Sequence[Cut]) -> np.ndarray | None:
-    return next((np.array(cut.kept) for cut in cuts if cut.axis == 0), None)
 
 
 def _cut_group(group: ChannelGroup, kept: Kept) -> ChannelGroup:

@@ -23,6 +23,7 @@ from archscan.groups import Coupling, freeze
 from archscan.rebuild import CannotFollow, hollow, rehearsed
 from archscan.surgery import Kept
 from archscan.ties import can_be_tied, tie
+from archscan.wording import enumerated
 
 _CLOSE = 6
 """Up to this many groups near an op, every pair of them is tried as a tie."""
@@ -144,7 +145,7 @@ def _notes(done: Sequence[tuple[_Remedy, CannotFollow]]) -> Iterator[str]:
     for names in {id(names): names for names in joined.values()}.values():
         remedy, stuck = causes[id(names)]
         listed = [*names[:3], f"{len(names) - 3} more"] if len(names) > 3 else names
-        who = " and ".join([", ".join(listed[:-1]), listed[-1]] if len(listed) > 1 else listed)
+        who = enumerated(listed)
         detail = f" ({stuck.detail})" if remedy.module == stuck.module else ""
         where = remedy.module or "the model"
         if remedy.ties:

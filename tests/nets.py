@@ -376,11 +376,12 @@ class Windows(nn.Module):
 
 
 class GroupNormed(nn.Module):
-    """A GroupNorm of two groups, which must keep equally many channels each."""
+    """GroupNorms one after the other: groups must keep equally many channels each, or go as a whole."""
 
-    def __init__(self) -> None:
+    def __init__(self, *groups: int) -> None:
         super().__init__()
-        self.conv, self.norm, self.fc = nn.Conv2d(3, 12, 3, padding=1), nn.GroupNorm(2, 12), nn.Linear(12, 5)
+        self.conv, self.fc = nn.Conv2d(3, 12, 3, padding=1), nn.Linear(12, 5)
+        self.norm = nn.Sequential(*(nn.GroupNorm(count, 12) for count in groups))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(F.relu(self.norm(self.conv(x))).mean((2, 3)))
@@ -654,7 +655,9 @@ CASES = {
     "gated-linear": Case(GatedLinear, ("conv 1x8", "head 1x6")),
     "channel-attention": Case(ChannelAttention, ("conv 1x8", "head 1x6"), mixing=True),
     "windows": Case(Windows, ("conv 1x8", "mix 1x6", "patches 1x7")),
-    "group-norm": Case(GroupNormed, ("conv 2x6",), mixing=True),
+    "group-norm": Case(lambda: GroupNormed(2), ("conv 2x6",), mixing=True),
+    "group-norm-of-single-channels": Case(lambda: GroupNormed(12), ("conv 1x12",)),
+    "group-norms-in-turn": Case(lambda: GroupNormed(6, 12), ("conv 6x2",), mixing=True),
     "volumes": Case(Volumes, ("conv1 1x8", "conv2 1x6")),
     "weight-norm": Case(WeightNormed, ("conv1 1x8", "conv2 1x6")),
     "weight-norm-transposed": Case(lambda: WeightNormed(True), ("conv1 1x8", "conv2 1x6"), mixing=True),

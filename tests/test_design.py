@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "archscan"
 
 FLOW = (
-    *("errors", "torchvision_ops", "processes"),
+    *("errors", "wording", "torchvision_ops", "processes"),
     *("reference_nets", "recipes", "weights", "hubs", "sources", "data"),
     *("meta_shapes", "graph", "capture", "coupling", "sizes", "streams", "groups", "ties"),
     *("mac_table", "liveness", "costs", "latency"),

@@ -130,12 +130,14 @@ def group_norm(walk: Walk, node: Node) -> Sequence[Planes]:
     """Unite the affine parameters with the channels; every group must keep an equal number of them."""
     groups = node.args[6]
     result = _affine(walk, node, node.args[1:3], [1])
+    statistics: list[Planes] = [(), ()]
     for plane in result:
         if 1 in planes.varying(plane):
             grid = planes.vector(plane, 1).reshape(groups, -1)
             walk.record.balance(grid, walk.where(node), rows_may_go=True)
             walk.record.mix(f"GroupNorm at {node.where()}", grid, {1})
-    return [result, *[()] * (len(node.outputs) - 1)]
+            statistics = [(grid[:, 0].expand(walk.out_shape(node, i)),) for i in (1, 2)]
+    return [result, *statistics, *[()] * (len(node.outputs) - 3)]
 
 
 @rule("_weight_norm_interface")

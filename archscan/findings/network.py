@@ -14,6 +14,7 @@ from archscan.budgets import Budget, Costs, costs_at
 from archscan.costs import CostModel
 from archscan.findings.finding import Saving
 from archscan.groups import ChannelGroup
+from archscan.wording import enumerated
 
 _EVERYTHING = Budget("macs", 1.0)
 
@@ -106,7 +107,7 @@ class Measured:
             (self.budgets, "at {} of other budgets"),
         )
         named = [clause.format(f"{100 * share:.0f}%") for share, clause in shares if share is not None]
-        return f" ({_listed(named)} too)" if named else ""
+        return f" ({enumerated(named)} too)" if named else ""
 
     def spans(self) -> str:
         """Say as a clause in how many directions it differs between images, and how many gates are determined."""
@@ -115,8 +116,4 @@ class Measured:
         named = [*spans[:-1], f"{spans[-1]} of {self.units:,} directions"] if spans else []
         if self.well_determined is not None:
             named.append(f"the images determine {self.well_determined:.1f} of {self.units:,} gates")
-        return f"; {_listed(named)}" if named else ""
-
-
-def _listed(parts: Sequence[str]) -> str:
-    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+        return f"; {enumerated(named)}" if named else ""

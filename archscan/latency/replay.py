@@ -41,13 +41,18 @@ class Shaped:
         node: What was recorded.
         shapes: Of its tensor arguments, in order.
         weights: Whether each of them is the same for every batch.
-        output: Shape of its first output.
+        outputs: Of its outputs, without those that are none.
     """
 
     node: Node
     shapes: tuple[Shape, ...]
     weights: tuple[bool, ...]
-    output: Shape
+    outputs: tuple[Shape, ...]
+
+    @property
+    def output(self) -> Shape:
+        """Shape of the first output."""
+        return self.outputs[0]
 
     @property
     def key(self) -> str:
@@ -74,12 +79,12 @@ def shaped(graph: Graph, size_of: SizeOfValue, node: Node, widths_G: Sequence[in
             extents[0] = extents[0] * batch // graph.batch_size
         return tuple(extents)
 
-    first = next(number for number in node.outputs if number is not None)
+    outputs = tuple(shape(number) for number in node.outputs if number is not None)
     weights = tuple(not graph.values[number].per_sample for number in node.tensors)
     shapes = [shape(number) for number in node.tensors]
     if node.op is torch.ops.aten.bmm.default:  # a weight that was expanded over the batch belongs to no sample
         shapes = [(max(every[0] for every in shapes), *each[1:]) for each in shapes]
-    return Shaped(node, tuple(shapes), weights, shape(first))
+    return Shaped(node, tuple(shapes), weights, outputs)
 
 
 def replay_ms(of: Shaped, setup: LatencySetup, device: torch.device) -> float | None:
@@ -148,7 +153,7 @@ def _layer_norm(of: Shaped, args: list[Any]) -> Mapping[int, Any]:
 
 def _group_norm(of: Shaped, args: list[Any]) -> Mapping[int, Any]:
     samples, channels, *places = of.shapes[0]
-    return {3: samples, 4: channels, 5: math.prod(places)}
+    return {3: samples, 4: channels, 5: math.prod(places), 6: of.outputs[1][1]}
 
 
 _COUNTS = {
