@@ -51,6 +51,9 @@ LEAST_EFFECT, TELLING = 1e-10, 100.0
 """A proof counts where the removed channels would have changed the outputs by this fraction or more, and by so many
 times the error that was found."""
 
+OVERFLOW = 1e30
+"""Stands for the effect of channels with which, on statistics that do not know them, the outputs grow out of bounds."""
+
 SETTLEMENTS = 4
 """How often a network that is narrowed everywhere may need more groups tied or frozen."""
 
@@ -214,7 +217,9 @@ def prove(case: _Case, cut: Cut, masked: nn.Module) -> tuple[Record, str]:
         if with_statistics is None:
             return {}, "the statistics over channels cannot be played back"
         played = with_statistics
-    seen = {"error": difference(played.expected, played.found), "effect": difference(played.expected, played.unmasked)}
+    finite = all(bool(tensor.isfinite().all()) for tensor in played.unmasked)
+    effect = difference(played.expected, played.unmasked) if finite else OVERFLOW
+    seen = {"error": difference(played.expected, played.found), "effect": effect}
     return _judged(case, seen | {"played_back": played.played_back, "constants": played.constants})
 
 

@@ -45,7 +45,7 @@ REFUSED = {
 """Groups that copies would change, and why."""
 
 UNEQUALLY = {**REFUSED, "channels-last": {"stem": EQUALLY}}
-UNEQUALLY |= dict.fromkeys(("group-norm", "group-norms-in-turn"), {"conv": EQUALLY})
+UNEQUALLY |= {name: {"conv": EQUALLY} for name in ("group-norm", "group-norms-in-turn")}
 UNEQUALLY |= {
     name: dict.fromkeys(REFUSED[name], EQUALLY)
     for name in ("native-shuffle", "standardised-weight", "channel-attention", "weight-norm-transposed")
