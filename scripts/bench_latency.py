@@ -15,6 +15,7 @@ import copy
 import sys
 import tempfile
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -43,7 +44,7 @@ from archscan.exporters import ExportSettings  # isort: skip
 from archscan.exporters.network import prepare  # isort: skip
 from archscan.exporters.onnx_file import FILE, write_onnx  # isort: skip
 from archscan.latency import LatencySetup  # isort: skip
-from archscan.latency.timing import Run, median_ratio, ready, threads, timed_rounds  # isort: skip
+from archscan.latency.timing import Run, device_name, median_ratio, ready, threads, timed_rounds  # isort: skip
 from archscan.slimming import SlimSettings  # isort: skip
 from archscan.sources import open_subject  # isort: skip
 
@@ -72,6 +73,7 @@ class Point:
         low: Lower end of its 95% interval.
         high: Upper end.
         rounds: How often each ran.
+        machine: What it ran on.
     """
 
     network: str
@@ -85,6 +87,7 @@ class Point:
     low: float
     high: float
     rounds: int
+    machine: str
 
     @property
     def key(self) -> tuple[str, int, str, str]:
@@ -255,6 +258,7 @@ def timed_in(runtime: str, name: str, networks: Networks, example: Tensor, setup
             high - low,
             *median_ratio(times_RK[:, [0, column]]),
             len(times_RK),
+            device_name(device),
         )
 
 
@@ -283,6 +287,9 @@ def markdown(data: Mapping[str, object], points: list[Point]) -> str:
         "Smaller is faster. All networks of a row ran in turns.",
         origin(data),
     ]
+    machines = Counter(point.machine for point in points)
+    if len(machines) > 1:
+        parts.append(f"Points by machine: {', '.join(f'{name} ({count})' for name, count in machines.most_common())}.")
     variants = (FLOPS, LATENCY, *PEERS)
     by_key = {point.key: point for point in points}
     for runtime in dict.fromkeys(point.runtime for point in points):
