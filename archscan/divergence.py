@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_flatten
 
 from archscan.capture import FORWARD_ERRORS, split_input, train_mode, with_batch
 from archscan.graph import Graph, leaves_of
+from archscan.liveness import may_copy_or_share
 from archscan.meta_shapes import bare
 from archscan.meta_shapes import run as run_op
 
@@ -81,10 +82,19 @@ class _Comparison(TorchDispatchMode):
         """See to it that copies need not agree: whether a reshape has to copy, an axis of 1 decides."""
         nodes = self.graph.nodes
         if func is _COPY:
-            return self.index >= len(nodes) or nodes[self.index].op is not _COPY
+            extra = self.index >= len(nodes) or nodes[self.index].op is not _COPY
+            if extra and self.index < len(nodes) and nodes[self.index].op in _AS_WELL:
+                self._check_memory(self.index)
+            return extra
         while self.index < len(nodes) - 1 and nodes[self.index].op is _COPY:
+            self._check_memory(self.index)
             self.index += 1
         return False
+
+    def _check_memory(self, at: int) -> None:
+        """See that it does not matter whether a reshape copies."""
+        if not may_copy_or_share(self.graph, at):
+            raise Divergence(at, "a reshape would share memory where it made a copy, or the other way round")
 
     def _check_integers(self, at: int, arguments: Any) -> None:
         if at not in self.hints:

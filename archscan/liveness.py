@@ -72,6 +72,30 @@ def shared_input(node: Node) -> int | None:
     return None
 
 
+def may_copy_or_share(graph: Graph, place: int) -> bool:
+    """Say whether it is all the same if what a node returns shares the memory of its input or is a copy of it.
+
+    It is not where one of the two is written to in place, and the other one read later.
+
+    Args:
+        graph: A recorded run.
+        place: Number of a node that returns its first input, or a copy of it, in whatever shape.
+    """
+    node = graph.nodes[place]
+    of, derived = storages(graph).of, set(node.outputs)
+    given = {number for number in range(len(graph.values)) if of[number] == of[node.tensors[0]]}
+    stale: set[int | None] = set()
+    for later in graph.nodes[place + 1 :]:
+        if not stale.isdisjoint(later.tensors):
+            return False
+        written = shared_input(later)
+        if written in derived:
+            derived.update(later.outputs)
+        if written is not None and later.op._schema.is_mutable:
+            stale |= (given - derived) if written in derived else derived if written in given else set()
+    return stale.isdisjoint(graph.outputs)
+
+
 def moments(graph: Graph) -> tuple[frozenset[int], ...]:
     """List the sets of values that are held at the same time, by the number of the value that owns the storage.
 

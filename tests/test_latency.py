@@ -34,7 +34,7 @@ from archscan.latency import model as fitting
 from archscan.latency.pairs import Timing
 from archscan.latency.roofline import Roofline, measured_roofline
 from archscan.latency.timing import Comparison, Latency, median_ratio, timed_rounds
-from archscan.liveness import moments
+from archscan.liveness import may_copy_or_share, moments
 from archscan.pace import corrected, plan_and_time, time_warnings, timed
 from archscan.planner import Budget, Plan, plan, uniform_plan
 from archscan.replan import Wish
@@ -276,6 +276,27 @@ class InPlace(nn.Module):
 def test_peak_memory_by_hand(make, per_place):
     costs = analyse(seeded(make), torch.zeros(1, 3, 6, 6)).costs
     assert costs.limited("memory", costs.full_widths_G) == per_place * 36
+
+
+class Reshaped(nn.Module):
+    """Reads one of two views of its input after writing to one of them."""
+
+    def __init__(self, written, read):
+        super().__init__()
+        self.written, self.read = written, read
+
+    def forward(self, x):
+        whole = x * 2
+        views = {"whole": whole, "flat": whole.flatten(1)}
+        views[self.written].relu_()
+        return views[self.read] + 1
+
+
+@pytest.mark.parametrize(("written", "read", "same"), [("flat", "flat", True), ("flat", "whole", False)])
+def test_memory_may_be_shared_or_not_where_nobody_reads_what_was_written_to_the_other(written, read, same):
+    graph = capture(Reshaped(written, read), INPUT)
+    place = next(number for number, node in enumerate(graph.nodes) if node.op == torch.ops.aten.view.default)
+    assert may_copy_or_share(graph, place) == same
 
 
 def test_no_moment_lies_within_its_neighbour():

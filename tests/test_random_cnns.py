@@ -47,3 +47,11 @@ def test_rows_that_differ_only_where_they_are_frozen_come_to_an_end():
     listed = tuple(Instruction(name, first=first, variant=variant) for name, first, variant in [*before, *after])
     outcome = check(Program(instructions=listed, head=2), seed=283)
     assert (outcome.kind, outcome.removed) == ("equal with the same statistics", 3)
+
+
+def test_a_reshape_that_no_longer_copies_does_not_let_a_relu_change_what_others_read():
+    before = [("normed_weight", 0, 0, 5), ("channels_last", 0, 4, 0), ("standardised", 0, 0, 0)]
+    after = [("shuffle", 1, 3, 0), ("resample", 0, 4, 0), ("activation", 0, 2, 1), ("pad", 4, 2, 0)]
+    listed = tuple(Instruction(name, first, 0, variant, width) for name, first, variant, width in [*before, *after])
+    outcome = check(Program(instructions=listed), seed=1)
+    assert (outcome.kind, outcome.removed) == ("equal with the same statistics", 5)
