@@ -12,7 +12,9 @@ both networks are given the same ones (see `same_statistics`).
 
 import copy
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -23,7 +25,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from archscan.capture import split_input, train_mode
 from archscan.errors import RebuildMismatch
 from archscan.groups import Coupling
-from archscan.randomize import randomize
+from archscan.randomize import near_activations, randomize
 from archscan.rebuild import apply
 from archscan.same_statistics import Played, run_with_same_statistics
 from archscan.surgery import Kept, Surgery, kept_units, named_tensors
@@ -351,7 +353,10 @@ def prove(
     if not plain.applicable or not plain.passed:
         return plain
     random = randomize(original, seed)
-    pair = _Pair(random, masked_original(random, coupling, kept), apply(random, surgery), coupling)
+    masked = masked_original(random, coupling, kept)
+    with suppress(ValueError):  # a normalisation refuses single values, see `_verify`
+        near_activations(masked, partial(_run, inputs=inputs), seed, twin=random)
+    pair = _Pair(random, masked, apply(random, surgery), coupling)
     structure = _verify(pair, inputs, None, effect=True)
     if not structure.passed:
         return replace(structure, reason=f"with randomised normalisation, {structure.reason}")

@@ -8,6 +8,7 @@ the sweep, `archscan.slim` included, works on the very network that the proof is
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from archscan.errors import BadInput
 from archscan.groups import Coupling, couple
-from archscan.randomize import randomize
+from archscan.randomize import near_activations, randomize
 from archscan.recipes import Recipe, seeded
 from archscan.recipes import build as build_recipe
 
@@ -129,6 +130,10 @@ def _tries(network: str, dtype: torch.dtype) -> Iterator[tuple[nn.Module, Recipe
         yield randomize(model, 0).to(dtype), recipe, shape
 
 
+def _call(example: Tensor, model: nn.Module) -> object:
+    return model(example)
+
+
 def open_network(network: str, dtype: torch.dtype) -> Opened:
     """Open a network at the smallest input that it takes, in eval and in train mode.
 
@@ -147,8 +152,7 @@ def open_network(network: str, dtype: torch.dtype) -> Opened:
         try:
             coupling = couple(model, example)
             seconds = time.process_time() - start
-            with torch.no_grad():
-                model(example)
+            near_activations(model, partial(_call, example), 0)
         except BadInput as error:
             last = error
         except RuntimeError as error:  # what runs on meta may lack a kernel, or mix two arithmetics

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import archscan  # noqa: F401 - before anything that may import torchvision
 from archscan.errors import RebuildMismatch
 from archscan.groups import couple, freeze
-from archscan.randomize import randomize
+from archscan.randomize import near_activations, randomize
 from archscan.rebuild import apply, rebuild, surgery_for
 from archscan.settle import narrowed
 from archscan.surgery import Cut, Surgery, named_tensors
@@ -372,3 +372,20 @@ def test_rounding_that_a_network_amplifies_is_measured_and_no_error_hides_in_it(
     assert "amplifies rounding" in right.reason
     assert not wrong.passed
     assert "where rounding explains" in wrong.reason
+
+
+def test_statistics_near_the_activations_keep_a_deep_network_in_bounds_and_are_those_of_its_twin() -> None:
+    torch.manual_seed(0)
+    layers = [nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()) for _ in range(30)]
+    model = randomize(nn.Sequential(*layers).double().eval(), 0)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.weight.data *= 10
+    twin, images = copy.deepcopy(model), torch.randn(1, 8, 6, 6, dtype=torch.float64)
+    assert model(images).abs().max() > 1e12
+    before = [module.running_var.clone() for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    near_activations(model, lambda network: network(images), 0, twin=twin)
+    assert 1e-3 < model(images).abs().max() < 1e3
+    assert torch.equal(model(images), twin(images))
+    after = [module.running_var for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert not any(torch.equal(old, new) for old, new in zip(before, after, strict=True))
