@@ -92,6 +92,14 @@ def build(network: str, side: int | None = None, seed: int = 0) -> tuple[nn.Modu
     return (DetectorCore(model).eval() if where == "detection" else model), None
 
 
+def _crop(name: str) -> list[int]:
+    """Give the size of the images that the weights of a classifier of torchvision are for."""
+    from torchvision.models import get_model_weights
+
+    transforms: Any = next(iter(get_model_weights(name))).transforms
+    return list(transforms().crop_size)
+
+
 def _sizes(network: str) -> tuple[tuple[tuple[int, ...], ...], bool]:
     """List input shapes without the batch, the smallest first; say whether the network is built for one of them."""
     source, _, name = network.partition(":")
@@ -107,6 +115,8 @@ def _sizes(network: str) -> tuple[tuple[tuple[int, ...], ...], bool]:
     least = 0
     if source == "torchvision" and _task(name) == "detection":
         least, own = 256, 320  # below, the top of a pyramid is one pixel; SSD300 has no top below 300
+    elif source == "torchvision" and not _task(name):
+        own = max(own, *_crop(name))
     sides = [*(side for side in SIDES if least <= side < own), own]
     return tuple((channels, side, side) for side in sides), fixed
 
