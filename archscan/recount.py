@@ -99,6 +99,7 @@ def fvcore_counts(model: nn.Module, example_input: Any) -> dict[str, int] | None
         analysis = FlopCountAnalysis(model, args)
         analysis.set_op_handle("aten::_convolution_mode", _padded_convolution)
         analysis.set_op_handle("aten::scaled_dot_product_attention", _attention)
+        analysis.set_op_handle("aten::einsum", einsum_macs)
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
         try:
             return {_ADDED.get(name, name): int(count) for name, count in analysis.by_operator().items()}
@@ -124,6 +125,21 @@ def _padded_convolution(inputs: list[Any], outputs: list[Any]) -> int:
     """Count a convolution whose padding is given by name (``"same"``), which fvcore leaves out; its own rule."""
     weight, result = (value.type().sizes() for value in (inputs[1], outputs[0]))
     return math.prod(result) * math.prod(weight[1:])
+
+
+def einsum_macs(inputs: list[Any], outputs: list[Any]) -> float:
+    """Count an einsum of two tensors: the product of all sizes; fvcore's own rule, which rounds, counts any other."""
+    from fvcore.nn.jit_handles import einsum_flop_jit
+
+    terms = inputs[0].toIValue().replace(" ", "").partition("->")[0].split(",")
+    shapes = [value.type().sizes() for value in inputs[1].node().inputs()]
+    if len(terms) != 2 or any("..." in term for term in terms):
+        return float(einsum_flop_jit(inputs, outputs))
+    sizes: dict[str, int] = {}
+    for term, shape in zip(terms, shapes, strict=True):
+        for letter, size in zip(term, shape, strict=True):
+            sizes[letter] = max(size, sizes.get(letter, 1))
+    return float(math.prod(sizes.values()))
 
 
 def _first_sample(leaf: Tensor) -> Tensor:

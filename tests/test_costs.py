@@ -323,3 +323,20 @@ def test_a_product_of_three_widths_is_priced_but_has_no_quadratic_form():
     assert costs.evaluate("macs", np.array([3, 2])) == 3 * 3 * 2
     with pytest.raises(UnsupportedOp, match="three widths"):
         costs.quadratic("macs")
+
+
+class Products(nn.Module):
+    """Products of queries and keys for each head, as torchvision's MaxViT writes them."""
+
+    def forward(self, x):
+        rows = x.flatten(3)
+        return torch.einsum("B H I D, B H J D -> B H I J", rows, rows)
+
+
+def test_a_second_count_of_an_einsum_is_exact_where_fvcore_rounds():
+    x = torch.randn(1, 3, 49, 32)
+    assert recount(Products(), x).macs == 3 * 49 * 49 * 32
+    assert recount(Products(), x).by == "fvcore"
+    analysis = FlopCountAnalysis(Products(), x)
+    analysis.unsupported_ops_warnings(False)
+    assert analysis.total() != 3 * 49 * 49 * 32
