@@ -24,7 +24,8 @@ SIDES = (64, 96, 128, 160, 192, 224, 256, 288, 320, 384)
 CLIPS = ((3, 4, 32, 32), (3, 8, 64, 64), (3, 16, 64, 64), (3, 16, 112, 112), (3, 16, 224, 224))
 
 FLOAT64_PARAMETERS = 500_000_000
-"""Networks with more parameters than this are proven in float32: the proof holds several copies, 22 GiB at 480 million."""
+"""Networks with more parameters than this are proven in float32: the proof holds several copies, 22 GiB at 480
+million."""
 
 
 class DetectorCore(nn.Module):
