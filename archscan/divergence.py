@@ -82,10 +82,10 @@ class _Comparison(TorchDispatchMode):
         """See to it that copies need not agree: whether a reshape has to copy, an axis of 1 decides."""
         nodes = self.graph.nodes
         if func is _COPY:
-            extra = self.index >= len(nodes) or nodes[self.index].op is not _COPY
-            if extra and self.index < len(nodes) and nodes[self.index].op in _AS_WELL:
+            expected = nodes[self.index].op if self.index < len(nodes) else None
+            if expected in _AS_WELL:
                 self._check_memory(self.index)
-            return extra
+            return expected is not _COPY
         while self.index < len(nodes) - 1 and nodes[self.index].op is _COPY:
             self._check_memory(self.index)
             self.index += 1

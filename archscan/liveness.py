@@ -81,6 +81,8 @@ def may_copy_or_share(graph: Graph, place: int) -> bool:
         graph: A recorded run.
         place: Number of a node that returns its first input, or a copy of it, in whatever shape.
     """
+    if not any(later.op._schema.is_mutable for later in graph.nodes[place + 1 :]):
+        return True
     node = graph.nodes[place]
     of, derived = storages(graph).of, set(node.outputs)
     given = {number for number in range(len(graph.values)) if of[number] == of[node.tensors[0]]}

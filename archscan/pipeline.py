@@ -135,7 +135,7 @@ def _ready(
     with watch.stage("data"):
         images = read_images(options, subject, recover, progress)
     if options.recover is None and recover == "blocks" and len(images.calibration or ()) < LEAST_SAMPLES:
-        recover = _without_repair(subject)
+        recover = _with_few_images(subject)
     subject = replace(subject, model=subject.model.to(place.device))
     notes, named = list(notes_of(options, images, _named(options, recover))), options.criterion
     if options.criterion == AUTO:
@@ -193,11 +193,11 @@ def _recovery(options: SlimOptions, subject: Subject) -> Recovery:
     if options.recover is not None or options.data.source == SYNTHETIC:
         return options.recover or "none"
     enough = (options.data.samples or REAL_SAMPLES) >= LEAST_SAMPLES
-    return "blocks" if enough else _without_repair(subject)
+    return "blocks" if enough else _with_few_images(subject)
 
 
-def _without_repair(subject: Subject) -> Recovery:
-    """Say what a few images are good for."""
+def _with_few_images(subject: Subject) -> Recovery:
+    """Decide on the repair where images are too few to fit anything to."""
     return "bn" if has_batchnorm(subject.model) else "none"
 
 

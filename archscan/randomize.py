@@ -39,30 +39,33 @@ def randomize(model: nn.Module, seed: int) -> nn.Module:
     return result
 
 
+def _uniform(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw from [0.5, 1.5]."""
+    return (torch.rand(like.shape, generator=generator, dtype=torch.float64) + 0.5).to(like)
+
+
+def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
+
+
 def _randomize_tensor(module: nn.Module, name: str, tensor: Tensor, generator: torch.Generator) -> None:
-    def uniform() -> Tensor:
-        return (torch.rand(tensor.shape, generator=generator, dtype=torch.float64) + 0.5).to(tensor)
-
-    def normal() -> Tensor:
-        return torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor)
-
     contracts = isinstance(module, (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear)) and name == "weight"
     one_axis = tensor.numel() == max(tensor.shape, default=1)
     if name == "running_var":
-        tensor.mul_(uniform())
+        tensor.mul_(_uniform(tensor, generator))
     elif name == "running_mean":
         variance = getattr(module, "running_var", None)
         scale = variance.detach().sqrt() if isinstance(variance, Tensor) else torch.ones_like(tensor)
-        tensor.add_(0.3 * scale * normal())
+        tensor.add_(0.3 * scale * _normal(tensor, generator))
     elif name in module._buffers:
         return
     elif one_axis and not contracts:
         if name.endswith("bias") or name == "beta":
-            tensor.add_(0.3 * normal())
+            tensor.add_(0.3 * _normal(tensor, generator))
         else:
-            tensor.copy_(uniform())
+            tensor.copy_(_uniform(tensor, generator))
     elif not tensor.any():
-        tensor.copy_(normal() / max(tensor[0].numel(), 1) ** 0.5)
+        tensor.copy_(_normal(tensor, generator) / max(tensor[0].numel(), 1) ** 0.5)
 
 
 def near_activations(
@@ -91,10 +94,8 @@ def near_activations(
             return
         mean, square = values.mean(1), values.square().mean(1)
         square = square.clamp(min=float(square.mean()) + module.eps)
-        uniform = torch.rand(mean.shape, generator=generator, dtype=torch.float64).to(mean) + 0.5
-        normal = torch.randn(mean.shape, generator=generator, dtype=torch.float64).to(mean)
-        module.running_mean.copy_(mean + 0.3 * square.sqrt() * normal)
-        module.running_var.copy_(square * uniform)
+        module.running_var.copy_(square * _uniform(square, generator))
+        module.running_mean.copy_(mean + 0.3 * square.sqrt() * _normal(mean, generator))
 
     handles = [module.register_forward_pre_hook(enter) for module in model.modules() if isinstance(module, _BatchNorm)]
     try:

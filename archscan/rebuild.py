@@ -107,10 +107,8 @@ def _whole_groups_left(count: int, size: int, rows: Cut | None, where: str) -> i
     """Count the groups of a grouped axis after a cut; all that keep any row must keep equally many."""
     if rows is None:
         return count
-    if rows.repeats == "whole":
+    if rows.repeats == "whole" or count == size:
         return count * len(rows.kept) // size
-    if count == size:
-        return len(rows.kept)
     left = np.bincount(np.asarray(rows.kept) // (size // count), minlength=count)
     left = left[left > 0]
     if (left != left[0]).any():
