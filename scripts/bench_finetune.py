@@ -108,7 +108,7 @@ class Bench:
             for parameter in network.parameters():
                 parameter.grad = None
             return network
-        settings = archscan.SlimSettings(recover="ls", seed=self.settings.seed)
+        settings = archscan.SlimSettings(recover="blocks", seed=self.settings.seed)
         slim = archscan.slim(model, example, target_flops=ratio, data=self.scored, settings=settings).model
         return untrained(slim, self.settings.seed) if way == SCRATCH else slim
 
