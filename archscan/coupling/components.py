@@ -14,7 +14,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
-from archscan.coupling.labels import Grid, Mixing, Record
+from archscan.coupling.labels import Grid, Mixing, Record, WholeRows
 
 Pairs = list[tuple[Tensor, Tensor]]
 
@@ -42,17 +42,22 @@ def resolve(record: Record) -> Components:
     taken_back: set[int] = set()
     while True:
         units = _resolve(record, taken_back)
-        useless = {number for number in range(len(record.whole_rows)) if not _is_useful(record, units, number)}
+        through = _passed_through(record, units)
+        useless = {number for number, rows in enumerate(record.whole_rows) if not _is_useful(rows, units, through)}
         if useless <= taken_back:
             return units
         taken_back |= useless
 
 
-def _is_useful(record: Record, units: Components, number: int) -> bool:
+def _passed_through(record: Record, units: Components) -> np.ndarray:
+    """Mark the components that layers both write and read."""
+    return marked(units.of_label, record.written) & marked(units.of_label, record.consumed)
+
+
+def _is_useful(choice: WholeRows, units: Components, through: np.ndarray) -> bool:
     """Whether some whole rows may go and others stay."""
-    found = np.unique(units.of_label[record.whole_rows[number].rows[0].numpy()])
-    written, consumed = (marked(units.of_label, vectors) for vectors in (record.written, record.consumed))
-    return len(found) > 1 and all(written[c] and consumed[c] and c not in units.reason for c in found.tolist())
+    found = np.unique(units.of_label[choice.rows[0].numpy()])
+    return len(found) > 1 and all(through[c] and c not in units.reason for c in found.tolist())
 
 
 def _resolve(record: Record, taken_back: set[int]) -> Components:
@@ -225,9 +230,7 @@ def mixing_places(record: Record, may_go: np.ndarray, unit: np.ndarray) -> tuple
         may_go: Whether a label belongs to a unit that may be removed, by label.
         unit: Unit of each label, -1 where it belongs to none.
     """
-    written = np.zeros(record.next_label, dtype=bool)
-    for vector in record.written:
-        written[vector.numpy()] = True
+    written = record.written_marks().numpy()
 
     def mixes(found: Mixing) -> bool:
         labels = found.labels.numpy()

@@ -117,6 +117,17 @@ class Record:
     written: list[Tensor] = field(default_factory=list)
     consumed: list[Tensor] = field(default_factory=list)
     reads: list[Read] = field(default_factory=list)
+    _marks: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
+    _marked: int = 0
+
+    def written_marks(self) -> Tensor:
+        """Mark the labels that a layer writes; a bool for each label. Each vector of them is looked at once."""
+        if len(self._marks) < self.next_label:
+            self._marks = torch.cat([self._marks, torch.zeros(self.next_label, dtype=torch.bool)])  # room for more
+        for labels in self.written[self._marked :]:
+            self._marks[labels] = True
+        self._marked = len(self.written)
+        return self._marks
 
     def fresh(self, count: int) -> Tensor:
         """Hand out `count` new labels."""

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 
-import torch
 from torch import Tensor
 
 from archscan.coupling import planes
@@ -159,8 +158,7 @@ def cross(walk: Walk, own: Planes, runs: Sequence[Sequence[int]], where: str) ->
 
 def _is_written(walk: Walk, plane: Tensor) -> bool:
     """Whether a layer writes the channels of a plane."""
-    labels = planes.compress(plane).reshape(-1)
-    return bool(torch.isin(labels, torch.cat([labels[:0], *walk.record.written])).any())
+    return bool(walk.record.written_marks()[planes.compress(plane)].any())
 
 
 def _joined(walk: Walk, outer: Tensor, inner: Tensor, where: str) -> Tensor:
