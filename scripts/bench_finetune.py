@@ -167,6 +167,7 @@ def options_of() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=None, help="default: archscan finetune's")
     parser.add_argument("--scratch-lr", type=float, default=0.1)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--report", action="store_true", help="with --resume: only write the report on what is there")
     add_training(parser)
     return parser.parse_args()
 
@@ -223,16 +224,21 @@ def markdown(points: Sequence[Point], dense: dict[str, float], made: dict[str, A
 
 
 def measured(bench: Bench, options: argparse.Namespace, known: Mapping[tuple[Any, ...], Point]) -> Iterator[Point]:
-    """Yield the points of a network, those first that are known."""
+    """Yield the points of a network that are known, and measure the others unless only a report is wanted."""
     for ratio in sorted(options.ratios, reverse=True):
         for way in (ARCHSCAN, *(f"{PEER} {peer}" for peer in options.peers), SCRATCH):
             key = (bench.network, way, ratio)
-            yield known[key] if key in known else bench.measure(way, ratio)
+            if key in known:
+                yield known[key]
+            elif not options.report:
+                yield bench.measure(way, ratio)
 
 
 def main() -> None:
     """Measure and write the report."""
     options = options_of()
+    if options.report and not options.resume:
+        raise SystemExit("--report writes of what is in the cache, which is emptied without --resume; pass both")
     if options.peers:
         require_peer()
     restart_with_quiet_memory(options.threads)
