@@ -18,7 +18,7 @@ from archscan.exporters import Pair, export_pair
 from archscan.opening import Batches
 from archscan.options import ProgressFactory, SlimOptions, WidenOptions
 from archscan.planner import Plan
-from archscan.remarks import Images, data_of, weights_of
+from archscan.remarks import Images, data_of, qualified, weights_of
 from archscan.report import model as numbers
 from archscan.report.model import Report
 from archscan.results import Context, SlimResult, report_of, save_result
@@ -71,7 +71,8 @@ def conclude(
         The result, complete, and its report.
     """
     subject, images = origin.subject, origin.images
-    result = replace(result, plan=_with_source(result, origin, options), history=origin.history)
+    findings = qualified(result.findings, subject.weights)
+    result = replace(result, plan=_with_source(result, origin, options), history=origin.history, findings=findings)
     context = Context(
         model=subject.name,
         input_shape=tuple(subject.example_input.shape[1:]),

@@ -1,9 +1,10 @@
 """What a report says of the weights and the images of a slimming: what was opened and read → tables and sentences."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from archscan.data import ImageSet
+from archscan.findings import Finding
 from archscan.options import SlimOptions
 from archscan.report import model as numbers
 from archscan.slimming import reads_images
@@ -47,6 +48,20 @@ def warnings_of(weights: WeightsInfo, images: Images) -> Iterator[str]:
         yield f"{weights.reason[0].upper()}{weights.reason[1:]}; train it before the scores mean much."
     if images.calibration is not None and images.calibration.is_synthetic:
         yield f"{numbers.NOISE}, so the scores say little about real images; pass --data."
+
+
+def qualified(findings: Sequence[Finding], weights: WeightsInfo) -> tuple[Finding, ...]:
+    """Say of findings that were estimated with random weights that they were: they describe the initialisation."""
+    if weights.kind != "random":
+        return tuple(findings)
+    return tuple(
+        item if item.confidence is None else replace(item, measured_on=_with_random_weights(item.measured_on))
+        for item in findings
+    )
+
+
+def _with_random_weights(measured_on: str) -> str:
+    return f"{measured_on} and random weights" if measured_on else "random weights"
 
 
 def notes_of(options: SlimOptions, images: Images, criterion: str) -> Iterator[str]:

@@ -187,6 +187,16 @@ def test_show_tells_every_finding_in_full(typed, saved):
     assert typed("show", saved, "--findings", "--json").code == 2
 
 
+def test_findings_say_that_they_were_estimated_with_random_weights(typed, lenet5_file):
+    for folder, weights in (("random", "random"), ("trained", lenet5_file)):
+        command = f"lenet5 --weights {weights} --target-flops 0.3 --criterion magnitude --output {folder}"
+        assert typed(*command.split()).code == 0
+    for folder, said in (("random", True), ("trained", False)):
+        estimated = [found for found in summary_of(folder)["findings"] if found["confidence"] is not None]
+        assert estimated
+        assert all(("random weights" in found["measured_on"]) is said for found in estimated)
+
+
 def test_a_criterion_of_weights_reads_no_images(typed):
     ran = typed(
         *[
