@@ -21,6 +21,8 @@ MIRROR_AGREEMENT = 0.8
 MIRROR_SAMPLES = 16
 """Fewer images say too little about that."""
 
+STANDARD_ERRORS = 2.0
+
 _CHUNKS = 16
 
 
@@ -67,24 +69,43 @@ def count(batches: Sequence[Tensor]) -> int:
     return sum(len(batch) for batch in batches)
 
 
-def distance(original: nn.Module, model: nn.Module, batches: Sequence[Tensor]) -> float:
+def distances(original: nn.Module, model: nn.Module, batches: Sequence[Tensor]) -> Tensor:
     """Measure how far a network's outputs are from the original's; both have to be in eval mode.
 
-    Mean Kullback-Leibler divergence of the class probabilities where the output is [samples, classes]; otherwise the
-    squared error of all outputs, relative to their squares.
+    The Kullback-Leibler divergence of the class probabilities where the output is [samples, classes]; otherwise the
+    squared error of all outputs, relative to their mean squares.
+
+    Returns:
+        The distance for each image; float64, shape [images].
     """
-    total = weight = 0.0
+    found: list[Tensor] = []
+    squares: list[Tensor] = []
     with torch.no_grad():
         for images in batches:
-            right, found = (
+            right, own = (
                 [leaf for leaf in tree_flatten(net(images))[0] if isinstance(leaf, Tensor) and leaf.is_floating_point()]
                 for net in (original, model)
             )
             if len(right) == 1 and right[0].ndim == 2 and right[0].shape[1] > 1:
-                log_q, log_p = (output[0].double().log_softmax(1) for output in (found, right))
-                total += float(F.kl_div(log_q, log_p, reduction="sum", log_target=True))
-                weight += len(images)
+                log_q, log_p = (output[0].double().log_softmax(1) for output in (own, right))
+                found.append(F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1))
             else:
-                total += sum(float((a.double() - b.double()).square().sum()) for a, b in zip(right, found, strict=True))
-                weight += sum(float(a.double().square().sum()) for a in right)
-    return total / weight if weight else total
+                errors = [_by_image(a.double() - b.double(), len(images)) for a, b in zip(right, own, strict=True)]
+                found.append(torch.stack(errors).sum(0))
+                squares += [_by_image(a.double(), len(images)) for a in right]
+    by_image = torch.cat(found)
+    return by_image * len(by_image) / torch.cat(squares).sum() if squares else by_image
+
+
+def _by_image(values: Tensor, images: int) -> Tensor:
+    """Sum squares over all but the axis of images; where there is none, all images have their share."""
+    if values.ndim and len(values) == images:
+        return values.square().reshape(images, -1).sum(1)
+    return (values.square().sum() / images).expand(images)
+
+
+def shown_to_hurt(before: Tensor, after: Tensor) -> bool:
+    """Say whether distances have grown by more than chance explains: their mean, by two of its standard errors."""
+    growth = after - before
+    error = growth.std() / len(growth) ** 0.5 if len(growth) > 1 else torch.zeros(())
+    return bool(growth.mean() > STANDARD_ERRORS * error)

@@ -36,7 +36,7 @@ from archscan.module_costs import cost_totals, latency_of, module_rows
 from archscan.options import DEFAULT_ROUNDS, Recovery
 from archscan.planner import Plan
 from archscan.recipes import Recipe
-from archscan.reconstruct import Repaired
+from archscan.repairs import Repaired
 from archscan.report import model as numbers
 from archscan.report.details import Agreement
 from archscan.report.html import render_html

@@ -30,9 +30,10 @@ from archscan.pace import plan_and_time, time_budget
 from archscan.planner import Budget, Plan
 from archscan.processes import Place
 from archscan.rebuild import Rebuilt
-from archscan.reconstruct import Repaired, repair
+from archscan.reconstruct import repair
 from archscan.recount import recount
 from archscan.recover import recalibrate_batchnorm
+from archscan.repairs import Repaired
 from archscan.replan import Fitted, Wish, plan_and_rebuild
 from archscan.report.details import Agreement
 from archscan.report.training import TrainingRun

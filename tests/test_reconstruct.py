@@ -12,10 +12,11 @@ from torch import nn
 from archscan import reconstruct
 from archscan.errors import BadInput
 from archscan.groups import couple
+from archscan.heldout import distances
 from archscan.least_squares import Effort
 from archscan.lockstep import lockstep
 from archscan.rebuild import rebuild
-from archscan.reconstruct import distance, repair
+from archscan.reconstruct import repair
 from archscan.recover import Recalibrated
 from archscan.rehearsal import rehearse
 from tests import nets
@@ -157,12 +158,12 @@ def test_no_layer_and_no_network_gets_worse(name, level):
     found = repair(model, made.model, made.surgery, images(), level)
     assert all(layer.error_after <= layer.error_before for layer in found.layers)
     held = [torch.cat([batch for batch, _ in images()])[-found.holdout :]]
-    loss = distance(model, made.model, held)
+    loss = float(distances(model, made.model, held).mean())
     for step in found.steps:
         assert step.loss_before == pytest.approx(loss)
         assert step.kept == (step.loss_after < step.loss_before)
         loss = step.loss_after if step.kept else loss
-    assert distance(model, found.model, held) == pytest.approx(loss)
+    assert float(distances(model, found.model, held).mean()) == pytest.approx(loss)
     assert (found.samples, found.holdout) == (28, 4)
     if level == "ls" and found.steps[0].kept:
         for path, reason in SKIPPED.get(name, {}).items():
@@ -353,8 +354,18 @@ def test_distance_is_the_divergence_of_class_probabilities():
         return lambda _: torch.tensor(logits, dtype=torch.float64)
 
     right, found = net([[0.0, math.log(3.0)]]), net([[0.0, 0.0]])
-    assert distance(right, found, [torch.zeros(1)]) == pytest.approx(0.25 * math.log(0.5) + 0.75 * math.log(1.5))
-    assert distance(net([1.0, 2.0]), net([1.0, 3.0]), [torch.zeros(1)]) == pytest.approx(1 / 5)
+    divergence = 0.25 * math.log(0.5) + 0.75 * math.log(1.5)
+    assert distances(right, found, [torch.zeros(1)]).tolist() == pytest.approx([divergence])
+
+
+def test_other_distances_are_squared_errors_relative_to_the_mean_square():
+    def net(values):
+        return lambda images: tuple(torch.tensor(value, dtype=torch.float64) for value in values)
+
+    right, found = net([[1.0, 2.0], [[[0.0]], [[1.0]]]]), net([[1.0, 3.0], [[[2.0]], [[1.0]]]])
+    assert distances(right, found, [torch.zeros(2)]).tolist() == pytest.approx([4 / 3, 1 / 3])
+    whole = net([3.0]), net([0.0])  # one number for both images
+    assert distances(*whole, [torch.zeros(2)]).tolist() == pytest.approx([1.0, 1.0])
 
 
 def test_refusals():
