@@ -91,7 +91,7 @@ def add_data(parser: argparse.ArgumentParser) -> None:
     default = DataOptions()
     source = "a DIR or ZIP of images, one folder per class; digits; or synthetic (default)"
     group.add_argument("--data", default=default.source, metavar="DATA", help=source)
-    samples = f"images to score on (default: {REAL_SAMPLES}, or {SYNTHETIC_SAMPLES} synthetic ones)"
+    samples = f"images to score and to repair on (default: {REAL_SAMPLES}, or {SYNTHETIC_SAMPLES} synthetic ones)"
     group.add_argument("--samples", type=parse_count, default=default.samples, metavar="N", help=samples)
     group.add_argument("--eval-data", metavar="DATA", help="images to measure accuracy on: a DIR, a ZIP, or digits")
     add_batch_size(group, default.batch_size)

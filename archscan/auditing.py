@@ -21,7 +21,7 @@ from archscan.folders import check_replaceable, replacing
 from archscan.groups import Coupling
 from archscan.losses import classification_loss
 from archscan.opening import Batches, open_model, refusing_bad_files, use_machine
-from archscan.options import REAL_SAMPLES, SYNTHETIC, AuditOptions, ProgressFactory
+from archscan.options import AUDIT_SAMPLES, SYNTHETIC, AuditOptions, ProgressFactory
 from archscan.remarks import weights_of
 from archscan.report.audit import AuditReport, Images, json_text
 from archscan.report.audit_html import render_html
@@ -139,7 +139,7 @@ def _check_options(options: AuditOptions) -> None:
 
 def _read_images(options: AuditOptions, subject: Subject, progress: ProgressFactory) -> _Images:
     data, seed = options.data, options.run.seed
-    samples = data.samples or REAL_SAMPLES
+    samples = data.samples or AUDIT_SAMPLES
     wanted = samples + (options.held_out if data.eval_source is None else 0)
     with progress("Reading calibration images") as step:
         found = calibration_images(

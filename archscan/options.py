@@ -31,8 +31,15 @@ DEFAULT_ROUNDS = 1
 SYNTHETIC = "synthetic"
 """What stands for noise where a source of images is named."""
 
-REAL_SAMPLES, SYNTHETIC_SAMPLES = 256, 32
-"""Calibration images where no number is asked for; more noise says no more."""
+REAL_SAMPLES, SYNTHETIC_SAMPLES = 512, 32
+"""Calibration images where no number is asked for; more noise says no more.
+
+The repair is worth that many: the CIFAR-10 ResNet-20 (88.0 %) keeps 83.1 % at half its MACs with 256 images, 84.3 %
+with 512, and 84.1 % with 1,024.
+"""
+
+AUDIT_SAMPLES = 256
+"""The same for an audit, which repairs nothing."""
 
 DEFAULT_FIND_AT = 0.5
 """Kept fraction of the MACs at which capacity bottlenecks are looked for, to widen them."""
@@ -240,7 +247,7 @@ class AuditOptions:
     criteria: tuple[str, ...] | None = None
     units: int = 100
     sets: int = 40
-    held_out: int = REAL_SAMPLES
+    held_out: int = AUDIT_SAMPLES
     command_line: str = ""
 
 

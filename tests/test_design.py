@@ -19,7 +19,7 @@ FLOW = (
     *("budgets", "widths", "knapsack", "search", "set_effects", "planner", "tradeoff"),
     *("ranges", "dead_units", "activations", "findings"),
     *("surgery", "divergence", "spies", "follow", "rebuild", "settle", "rounds"),
-    *("recover", "rehearsal", "lockstep", "blocks", "positions", "least_squares", "heldout", "reconstruct"),
+    *("recover", "rehearsal", "lockstep", "blocks", "positions", "least_squares", "heldout", "repairs", "reconstruct"),
     *("same_statistics", "randomize", "verify", "fold", "recount", "recognise", "folders", "saving", "evaluation"),
     *("options", "report", "detailing", "module_costs", "results", "saved", "timm_entrypoint", "exporters", "training"),
     *("retraining", "replan", "pace", "stages", "diagnosis", "slimming"),

@@ -20,7 +20,7 @@ from archscan.arguments import (
     read_run,
 )
 from archscan.commands.printing import progress_for
-from archscan.options import REAL_SAMPLES, AuditOptions, DataOptions
+from archscan.options import AUDIT_SAMPLES, AuditOptions, DataOptions
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -36,7 +36,7 @@ def make_parser() -> argparse.ArgumentParser:
     source = "labelled images, one folder per class: a DIR, a ZIP, or digits"
     data.add_argument("--data", required=True, metavar="DATA", help=source)
     samples = "images that the criteria score on (default: %(default)s)"
-    data.add_argument("--samples", type=parse_count, default=REAL_SAMPLES, metavar="N", help=samples)
+    data.add_argument("--samples", type=parse_count, default=AUDIT_SAMPLES, metavar="N", help=samples)
     held_out = "other images to measure losses on (default: %(default)s)"
     data.add_argument("--held-out", type=parse_count, default=AuditOptions.held_out, metavar="N", help=held_out)
     data.add_argument("--eval-data", metavar="DATA", help="where those come from (default: more of --data)")
