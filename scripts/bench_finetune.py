@@ -159,7 +159,7 @@ def options_of() -> argparse.Namespace:
     parser.add_argument("--networks", type=names, default=list(NETWORKS))
     parser.add_argument("--ratios", type=numbers, default=list(RATIOS))
     parser.add_argument("--peers", type=names, default=list(PEERS), help="importance/shortcuts/schedule, by comma")
-    parser.add_argument("--calibration-samples", type=int, default=256, help="images to score and to repair on")
+    parser.add_argument("--calibration-samples", type=int, default=512, help="images to score and to repair on")
     parser.add_argument("--samples", type=int, default=None, help="images to train on (default: all)")
     parser.add_argument("--eval-samples", type=int, default=None, help="default: all")
     parser.add_argument("--epochs", type=int, default=10)
