@@ -167,11 +167,11 @@ def _times(records: Sequence[Record]) -> list[str]:
     timed = [record for record in records if record.get("couple_s")]
     if not timed:
         return []
-    both = [record for record in timed if "groups_s" in record.get("peer", {})]
+    both = [record for record in timed if "archscan_s" in record.get("peer", {})]
     failed = [record for record in timed if "error" in record.get("peer", {})]
     rows = [_spread("archscan", [record["couple_s"] for record in timed])]
     if both:
-        rows.append(_spread("archscan, where Torch-Pruning ends", [record["couple_s"] for record in both]))
+        rows.append(_spread("archscan, once, beside Torch-Pruning", [record["peer"]["archscan_s"] for record in both]))
         rows.append(_spread("Torch-Pruning", [record["peer"]["groups_s"] for record in both]))
     slow = [[record["network"], f"{record['couple_s']:.1f}"] for record in timed if record["couple_s"] > SLOW_S]
     stages: dict[str, list[float]] = defaultdict(list)
