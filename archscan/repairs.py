@@ -17,7 +17,7 @@ _SAID: Mapping[StepName, str] = {
     "blocks": "block by block",
     "bn": "BatchNorm recalibration",
 }
-_BY_CHANCE = ", which chance explains: each block fits these images better"
+_BY_CHANCE = ", which chance explains: each block that was tuned fits these images better"
 
 
 @dataclass(frozen=True)

@@ -212,4 +212,5 @@ def test_blocks_kept_by_chance_are_said_to_be():
     step = Step("blocks", True, 0.1, 0.11)
     said = Repaired(nn.Identity(), (step,), (), {}, 28, 4).note()
     assert step.by_chance
-    assert "block by block was kept (0.1 to 0.11, which chance explains: each block fits these images better)" in said
+    tuned = "which chance explains: each block that was tuned fits these images better"
+    assert f"block by block was kept (0.1 to 0.11, {tuned})" in said
