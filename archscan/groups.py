@@ -309,11 +309,9 @@ def _tensors(
     record: Record, unit_of_label: np.ndarray, owners: Owners
 ) -> tuple[dict[str, tuple[AxisUnits, ...]], dict[int, list[Member]], dict[int, int]]:
     """Owners of each tensor's axes, members of each group, and each group's channels per step."""
-    written = np.zeros(record.next_label, dtype=bool)
-    consumed = np.zeros(record.next_label, dtype=bool)
-    for marks, vectors in ((written, record.written), (consumed, record.consumed)):
-        for vector in vectors:
-            marks[vector.numpy()] = True
+    written, consumed = record.written_marks().numpy(), np.zeros(record.next_label, dtype=bool)
+    for vector in record.consumed:
+        consumed[vector.numpy()] = True
     tensors: dict[str, list[AxisUnits]] = {}
     members: dict[int, list[Member]] = {}
     widths: dict[int, int] = {}

@@ -22,6 +22,7 @@ MIRROR_SAMPLES = 16
 """Fewer images say too little about that."""
 
 STANDARD_ERRORS = 2.0
+"""By how many of them a mean has to grow for chance not to explain it."""
 
 _CHUNKS = 16
 
@@ -91,10 +92,10 @@ def distances(original: nn.Module, model: nn.Module, batches: Sequence[Tensor]) 
                 found.append(F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1))
             else:
                 errors = [_by_image(a.double() - b.double(), len(images)) for a, b in zip(right, own, strict=True)]
-                found.append(torch.stack(errors).sum(0))
+                found.append(sum(errors, torch.zeros(len(images), dtype=torch.float64, device=images.device)))
                 squares += [_by_image(a.double(), len(images)) for a in right]
-    by_image = torch.cat(found)
-    return by_image * len(by_image) / torch.cat(squares).sum() if squares else by_image
+    by_image, weight = torch.cat(found), sum(float(values.sum()) for values in squares)
+    return by_image * len(by_image) / weight if weight else by_image
 
 
 def _by_image(values: Tensor, images: int) -> Tensor:
@@ -105,7 +106,7 @@ def _by_image(values: Tensor, images: int) -> Tensor:
 
 
 def shown_to_hurt(before: Tensor, after: Tensor) -> bool:
-    """Say whether distances have grown by more than chance explains: their mean, by two of its standard errors."""
+    """Say whether distances have grown by more than chance explains, in the mean, or are no numbers any more."""
     growth = after - before
     error = growth.std() / len(growth) ** 0.5 if len(growth) > 1 else torch.zeros(())
-    return bool(growth.mean() > STANDARD_ERRORS * error)
+    return not bool(growth.mean() <= STANDARD_ERRORS * error)

@@ -124,7 +124,7 @@ def _repaired(
     for name in names:
         candidate, found = _reconstructed(job, slim, rehearsal, fit, holdout, name)
         after = distances(job.original, candidate, holdout)
-        steps.append(_step(name, far, after, kept=bool(after.mean() < far.mean())))
+        steps.append(_checked(name, far, after))
         if steps[-1].kept:
             model, layers, far = candidate, found, after
             break
@@ -134,14 +134,14 @@ def _repaired(
         candidate = copy.deepcopy(model)
         tuned = tune_blocks(job.original, candidate, blocks, job.surgery, fit, holdout, job.block_effort, job.progress)
         after = distances(job.original, candidate, holdout)
-        steps.append(_step("blocks", far, after, kept=not shown_to_hurt(far, after)))
+        steps.append(_checked("blocks", far, after))
         if steps[-1].kept:
             model, far = candidate, after
     solved = any(step.name == "ls" and step.kept for step in steps)
     recalibrated = None if solved else recalibrate_batchnorm(model, fit)
     if recalibrated is not None and recalibrated.layers:
         after = distances(job.original, recalibrated.model, holdout)
-        steps.append(_step("bn", far, after, kept=bool(after.mean() < far.mean())))
+        steps.append(_checked("bn", far, after))
         model = recalibrated.model if steps[-1].kept else model
     skipped = dict(rehearsal.skipped)
     done = {layer.weight for layer in layers}
@@ -151,8 +151,11 @@ def _repaired(
     return Repaired(copy.deepcopy(model), tuple(steps), layers, skipped, count(fit), count(holdout), blocks=tuned)
 
 
-def _step(name: StepName, before: Tensor, after: Tensor, *, kept: bool) -> Step:
-    return Step(name, kept, float(before.mean()), float(after.mean()))
+def _checked(name: StepName, before: Tensor, after: Tensor) -> Step:
+    """Decide on a step by the distances of held-out images; of blocks, each was held against these images already."""
+    loss_before, loss_after = float(before.mean()), float(after.mean())
+    kept = not shown_to_hurt(before, after) if name == "blocks" else loss_after < loss_before
+    return Step(name, kept, loss_before, loss_after)
 
 
 # One step -------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from archscan.options import SlimOptions
 from archscan.report import model as numbers
 from archscan.slimming import reads_images
 from archscan.sources import WeightsInfo
+from archscan.wording import enumerated
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,13 +56,11 @@ def qualified(findings: Sequence[Finding], weights: WeightsInfo) -> tuple[Findin
     if weights.kind != "random":
         return tuple(findings)
     return tuple(
-        item if item.confidence is None else replace(item, measured_on=_with_random_weights(item.measured_on))
+        item
+        if item.confidence is None
+        else replace(item, measured_on=enumerated([*filter(None, [item.measured_on]), "random weights"]))
         for item in findings
     )
-
-
-def _with_random_weights(measured_on: str) -> str:
-    return f"{measured_on} and random weights" if measured_on else "random weights"
 
 
 def notes_of(options: SlimOptions, images: Images, criterion: str) -> Iterator[str]:

@@ -25,6 +25,7 @@ from benchmarking import (
     open_cifar,
     parser_on_cifar,
     provenance,
+    require_cache,
     require_peer,
     restart_with_quiet_memory,
     write,
@@ -167,8 +168,7 @@ def check(options: argparse.Namespace) -> None:
                 parse_peer(text)
             except ValueError:
                 raise SystemExit(f"{text!r} is no way to use the peer; choose from {', '.join(PEERS)}") from None
-    if options.report and not options.resume:
-        raise SystemExit("--report writes of what is in the cache, which is emptied without --resume; pass both")
+    require_cache(options)
     if options.samples % options.batch_size:
         raise SystemExit("--samples must be a multiple of --batch-size, so that all batches are of one size")
     if strange := set(options.recoveries) - set(RECOVERIES):

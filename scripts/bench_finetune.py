@@ -27,6 +27,7 @@ from benchmarking import (
     origin,
     parser_on_cifar,
     provenance,
+    require_cache,
     require_peer,
     restart_with_quiet_memory,
     table,
@@ -237,8 +238,7 @@ def measured(bench: Bench, options: argparse.Namespace, known: Mapping[tuple[Any
 def main() -> None:
     """Measure and write the report."""
     options = options_of()
-    if options.report and not options.resume:
-        raise SystemExit("--report writes of what is in the cache, which is emptied without --resume; pass both")
+    require_cache(options)
     if options.peers:
         require_peer()
     restart_with_quiet_memory(options.threads)

@@ -118,6 +118,12 @@ class Cache(Generic[MeasuredT]):
             file.write(json.dumps({**asdict(point), "setting": self.setting}) + "\n")
 
 
+def require_cache(options: argparse.Namespace) -> None:
+    """Leave with one sentence where a report is wanted of a cache that would be emptied."""
+    if options.report and not options.resume:
+        raise SystemExit("--report writes of what is in the cache, which is emptied without --resume; pass both")
+
+
 def require_peer() -> None:
     """Leave with one sentence where Torch-Pruning is not installed."""
     if find_spec("torch_pruning") is None:

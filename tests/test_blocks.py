@@ -1,6 +1,7 @@
 """Repair block by block: which blocks there are, that they get closer and never further, and what stays as it is."""
 
 import copy
+import math
 import threading
 
 import pytest
@@ -206,6 +207,8 @@ def test_chance_is_told_from_harm():
     assert shown_to_hurt(before, before + noise + 0.035)
     assert not shown_to_hurt(before, before - 0.1)
     assert shown_to_hurt(before[:1], before[:1] + 0.1)
+    assert shown_to_hurt(before, torch.full_like(before, math.nan))
+    assert shown_to_hurt(before, torch.where(before > 0.9, math.inf, before))
 
 
 def test_blocks_kept_by_chance_are_said_to_be():

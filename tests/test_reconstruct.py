@@ -366,6 +366,11 @@ def test_other_distances_are_squared_errors_relative_to_the_mean_square():
     assert distances(right, found, [torch.zeros(2)]).tolist() == pytest.approx([4 / 3, 1 / 3])
     whole = net([3.0]), net([0.0])  # one number for both images
     assert distances(*whole, [torch.zeros(2)]).tolist() == pytest.approx([1.0, 1.0])
+    assert distances(net([[0.0, 0.0]]), net([[0.0, 2.0]]), [torch.zeros(2)]).tolist() == [
+        0.0,
+        4.0,
+    ]  # nothing to divide by
+    assert distances(net([]), net([]), [torch.zeros(2)]).tolist() == [0.0, 0.0]
 
 
 def test_refusals():
